@@ -1,0 +1,92 @@
+"""The only place that imports private names of torch; each is checked against the versions it was tried on.
+
+Tried with torch 2.11 and 2.13. A name that moves in a later release fails here, at import, with one message.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+try:
+    from torch._dynamo.backends.registry import lookup_backend
+    from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException, Unsupported
+    from torch._dynamo.exc import UserError as DynamoUserError
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+except ImportError as error:  # pragma: no cover - depends on the installed torch
+    raise ImportError(
+        f"mhc_compile does not know this torch ({torch.__version__}): {error}. Tested: 2.11 and 2.13."
+    ) from error
+
+__all__ = [
+    "BackendCompilerFailed",
+    "DynamoUserError",
+    "FakeTensor",
+    "FakeTensorMode",
+    "TorchDynamoException",
+    "Unsupported",
+    "dynamo_source_name",
+    "fake_mode_of",
+    "fresh_function",
+    "lookup_backend",
+    "make_fx",
+    "size_hint",
+    "storage_key",
+]
+
+
+def dynamo_source_name(placeholder: fx.Node) -> str:
+    """Where Dynamo took a graph input from, as `L['self']._modules['a']._parameters['weight']`; '' if unknown."""
+    grapharg = placeholder.meta.get("grapharg")
+    source = getattr(grapharg, "source", None)
+    if source is None:
+        return ""
+    name = source.name  # a method up to torch 2.9, a property since
+    return str(name() if callable(name) else name)
+
+
+def fake_mode_of(values: Iterable[object]) -> FakeTensorMode | None:
+    """The fake mode of the first fake tensor among `values`.
+
+    Not `detect_fake_mode`: inside a backend that one answers with the mode of the tracing context, which is not
+    always that of Dynamo's own example values, and modes must not mix.
+    """
+    return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+
+
+def fresh_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of `function` with a code object of its own.
+
+    Dynamo keeps its compiled variants by code object: two converted models that shared one would evict
+    each other and share one recompile limit.
+    """
+    assert isinstance(function, types.FunctionType)
+    copy = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def storage_key(value: object) -> int | None:
+    """An integer that two tensors share exactly when they alias one storage; None for what is no plain tensor."""
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+        return None
+    try:
+        return int(value.untyped_storage()._cdata)
+    except NotImplementedError:  # a value inside vmap has no storage of its own
+        return None
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """The size seen when the graph was captured, for a symbolic size too; installs no guard."""
+    return size if isinstance(size, int) else int(size.node.hint)

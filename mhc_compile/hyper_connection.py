@@ -1,0 +1,124 @@
+"""The parameters of one residual site, their initialisation, and the coefficients they give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhc_compile.errors import ConfigError, wrong
+from mhc_compile.kernels import ops
+
+INITS = ("identity", "paper", "deepseek_v4")
+
+
+class HyperConnection(nn.Module):
+    """One site of manifold-constrained hyper-connections (arXiv 2512.24880, eq. 14 to 19).
+
+    n: streams, >= 2 (one stream needs no parameters: the site is the plain residual add).
+    features: C, the width of one stream.
+    stream: the site's own stream, taken modulo n; with ``init="identity"`` the one it mostly reads.
+    init: one of
+
+    - ``"identity"`` keeps the function of a converted model.  phi 0, alpha 0.01, post 1, pre 0.7 for the
+      site's own stream with 0.3 shared by the others (the sum is 1; equal values would keep all streams
+      equal for ever), res 0.9 on the diagonal and 0.1 / (n - 1) off it.
+    - ``"paper"`` trains from scratch.  alpha 0.01, bias 0 (pre 1/2, post 1, res uniform), phi normal with
+      standard deviation ``1 / sqrt(n C)``: z / r then has unit variance at any width, and alpha is the size
+      of the dynamic part.
+    - ``"deepseek_v4"``: phi normal(0, 0.02), bias 0, alpha 1.
+
+    iterations: of Sinkhorn.  eps: added to the mean square, units of streams squared.
+
+    Parameters: phi [n C, n n + 2 n], alpha [3], bias [n n + 2 n], columns pre (n), post (n), res (n n,
+    row-major). They are float32 and stay so, bit for bit, when a model is cast to a narrower dtype;
+    ``.double()`` makes them float64, for float64 streams.  They should take no weight decay.  Raises
+    ConfigError for an illegal option.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        features: int,
+        *,
+        stream: int = 0,
+        init: str = "identity",
+        iterations: int = 20,
+        eps: float = 1e-6,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        super().__init__()
+        if n < 2:
+            raise ConfigError(wrong("n", n, "an integer >= 2", "one stream is the plain residual add"))
+        if features < 1:
+            raise ConfigError(wrong("features", features, "an integer >= 1"))
+        if init not in INITS:
+            raise ConfigError(wrong("init", repr(init), ", ".join(map(repr, INITS))))
+        if iterations < 1:
+            raise ConfigError(wrong("iterations", iterations, "an integer >= 1", "the paper uses 20"))
+        if not 0 < eps < math.inf:
+            raise ConfigError(wrong("eps", eps, "a finite number > 0"))
+        self.n = n
+        self.features = features
+        self.stream = stream % n
+        self.init = init
+        self.iterations = iterations
+        self.eps = eps
+        columns = n * n + 2 * n
+        # The dtype is explicit: models are often built under a 16-bit default.
+        self.phi = nn.Parameter(torch.empty(n * features, columns, dtype=torch.float32, device=device))
+        self.alpha = nn.Parameter(torch.empty(3, dtype=torch.float32, device=device))
+        self.bias = nn.Parameter(torch.empty(columns, dtype=torch.float32, device=device))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the parameters to the values of ``init``."""
+        n = self.n
+        self.bias.zero_()
+        self.alpha.fill_(1.0 if self.init == "deepseek_v4" else 0.01)
+        if self.init == "identity":
+            self.phi.zero_()
+            pre, res = self.bias[:n], self.bias[2 * n :]
+            pre.fill_(_logit(0.3 / (n - 1)))
+            pre[self.stream] = _logit(0.7)
+            res.fill_(math.log(0.1 / (n - 1)))
+            res.view(n, n).fill_diagonal_(math.log(0.9))
+        else:
+            std = 0.02 if self.init == "deepseek_v4" else (n * self.features) ** -0.5
+            self.phi.normal_(0.0, std)
+
+    def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """streams [..., n, C] -> pre [..., n], post [..., n], res [..., n, n], float32 (float64 if phi is).
+
+        ::
+
+            pre = sigmoid(pre~)    post = 2 sigmoid(post~)    res = Sinkhorn(res~)
+        """
+        pre, post, logits = ops.coefficients(streams, self.phi, self.alpha, self.bias, self.eps)
+        return pre, post, ops.sinkhorn(logits, self.iterations)
+
+    def extra_repr(self) -> str:
+        return (
+            f"n={self.n}, features={self.features}, stream={self.stream}, init={self.init!r}, "
+            f"iterations={self.iterations}, eps={self.eps:g}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # Every cast and move of a module comes through here: moves are kept, casts to a narrower dtype are
+        # not.
+        return super()._apply(lambda tensor: _widest(tensor, fn(tensor)), recurse)  # type: ignore[no-untyped-call]
+
+
+def _widest(before: Tensor, after: Tensor) -> Tensor:
+    """``after``, or, if it was rounded, ``before`` on its device in float32."""
+    if not before.is_floating_point() or after.dtype in (torch.float32, torch.float64):
+        return after
+    return before.to(device=after.device, dtype=torch.float32)
+
+
+def _logit(p: float) -> float:
+    return math.log(p / (1 - p))

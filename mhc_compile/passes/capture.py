@@ -1,0 +1,220 @@
+"""Capture a model as one fx graph of functional pre-dispatch ATen ops, through either of two doors.
+
+Just in time, Dynamo hands a graph to a backend; ahead of time, `torch.export` gives an exported program. Both
+are run once more under `make_fx(pre_dispatch=True)`, which leaves one language: ATen ops above autograd and
+autocast (`linear`, `layer_norm`, `scaled_dot_product_attention` and `dropout` still whole), with the fake value
+(`val`), the module stack and the stack trace on each node. Activation checkpoints are looked into: their bodies
+stand in the graph, tagged for recomputation. Regions of grad mode and autocast stay as pairs of nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch.utils.checkpoint import CheckpointPolicy
+
+from mhc_compile import _torch
+from mhc_compile.errors import CaptureError, MHCError
+from mhc_compile.passes.provenance import attribute_path, source_line
+
+_HOPS = torch.ops.higher_order
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """What a graph input stands for: kind is `parameter`, `buffer` or `input`; path is `a.b.weight` or ''."""
+
+    kind: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model's graph and the flat arguments of the call that was captured, in the order of its placeholders."""
+
+    graph: fx.GraphModule
+    arguments: tuple[Any, ...]
+
+
+def graph_input(node: fx.Node) -> GraphInput | None:
+    """The record of a placeholder of a captured graph; None for other nodes."""
+    record = node.meta.get("mhc_input")
+    return record if isinstance(record, GraphInput) else None
+
+
+class _Arguments(Exception):  # noqa: N818 - a signal, not an error
+    """Carries the flat arguments out of a compiled call, before anything runs."""
+
+    def __init__(self, arguments: tuple[Any, ...]) -> None:
+        self.arguments = arguments
+
+
+def just_in_time(
+    function: Callable[..., Any], model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Captured:
+    """Capture `function(model, *args, **kwargs)` with Dynamo, without running it.
+
+    Raises CaptureError, with the line of the user's code, when it does not capture as one graph.
+    """
+    graphs: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append(normalize(gm, [node.meta["example_value"] for node in _placeholders(gm)]))
+
+        def stop(*arguments: Any) -> Any:
+            raise _Arguments(arguments)
+
+        return stop
+
+    try:
+        with reported(model), torch.enable_grad():
+            torch.compile(_torch.fresh_function(function), backend=backend, fullgraph=True)(model, *args, **kwargs)
+    except _Arguments as signal:
+        return Captured(graphs[0], signal.arguments)
+    raise CaptureError(
+        f"{type(model).__name__} ran no tensor op that could be captured; pass inputs that exercise it"
+    )
+
+
+def ahead_of_time(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
+    """Capture `model(*args, **kwargs)` with `torch.export` (non-strict), in the same language.
+
+    Raises CaptureError when torch.export refuses the model.
+    """
+    with reported(model), torch.enable_grad():
+        try:
+            program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
+        except MHCError:
+            raise
+        except Exception as error:
+            raise CaptureError(f"torch.export refuses {type(model).__name__}: {_first_line(error)}") from error
+    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
+    values = iter(pytree.tree_leaves((tuple(args), dict(kwargs))))
+    state = {**program.state_dict, **program.constants}
+    arguments, examples = [], []
+    for node in _placeholders(program.graph_module):
+        spec = specs[node.name]
+        lifted = spec.target is not None
+        arguments.append(state[str(spec.target)] if lifted else next(values))
+        examples.append(node.meta["val"])
+        kind = spec.kind.name.lower() if lifted else "input"
+        node.meta["mhc_input"] = GraphInput(kind if kind in ("parameter", "buffer") else "input", spec.target or "")
+    return Captured(normalize(program.graph_module, examples), tuple(arguments))
+
+
+def normalize(gm: fx.GraphModule, examples: Sequence[Any]) -> fx.GraphModule:
+    """Retrace a captured graph into the pre-dispatch ATen language.
+
+    `examples` are the fake values of its placeholders, one for each. Gives a new graph with the same inputs and
+    outputs in the same order; `gm` is left as it was. Every value is recorded as seen with gradients enabled.
+    """
+    fake_mode = _torch.fake_mode_of(examples)
+    inliner = _Inliner(gm)
+    with _lenient(fake_mode), torch.fx.traceback.preserve_node_meta(), torch.enable_grad():
+        traced = _torch.make_fx(lambda *flat: inliner.run(*flat), pre_dispatch=True)(*examples)
+    for old, new, example in zip(_placeholders(gm), _placeholders(traced), examples, strict=True):
+        new.meta["mhc_input"] = old.meta.get("mhc_input") or _input_record(old, example)
+        new._rename(old.name)
+        new.target = new.name
+    traced.graph.lint()
+    traced.recompile()
+    return traced
+
+
+def _input_record(node: fx.Node, example: object) -> GraphInput:
+    path = attribute_path(_torch.dynamo_source_name(node))
+    if isinstance(example, nn.Parameter):
+        return GraphInput("parameter", path)
+    return GraphInput("buffer" if path and isinstance(example, torch.Tensor) else "input", path)
+
+
+@contextmanager
+def _lenient(fake_mode: _torch.FakeTensorMode | None) -> Any:
+    """The fake mode of the examples, accepting the real constants that a captured graph may hold."""
+    if fake_mode is None:
+        with nullcontext():
+            yield
+        return
+    before = fake_mode.allow_non_fake_inputs
+    fake_mode.allow_non_fake_inputs = True
+    try:
+        with fake_mode:
+            yield
+    finally:
+        fake_mode.allow_non_fake_inputs = before
+
+
+class _Inliner(fx.Interpreter):
+    """Runs a graph, looking into the wrappers that hide ops: checkpoints, and export's grad and autocast regions."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm, garbage_collect_values=True)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is _HOPS.tag_activation_checkpoint:
+            body, *inputs = args
+            for node in body.graph.nodes:
+                node.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
+                node.meta.setdefault("ac_graph_id", id(body))
+            return _Inliner(body).run(*inputs)
+        if target is _HOPS.wrap_with_set_grad_enabled:
+            enabled, body, *inputs = args
+            with torch.set_grad_enabled(enabled):
+                return _Inliner(body).run(*inputs)
+        if target is _HOPS.wrap_with_autocast:
+            device, dtype, enabled, cache, body, *inputs = args
+            with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache):
+                return _Inliner(body).run(*inputs)
+        return super().call_function(target, args, kwargs)
+
+
+def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in gm.graph.nodes if node.op == "placeholder"]
+
+
+@contextmanager
+def reported(model: nn.Module) -> Any:
+    """Turn what Dynamo raises into our errors, each with the user's line and what to do."""
+    try:
+        yield
+    except (_torch.Unsupported, _torch.DynamoUserError) as error:
+        raise CaptureError(
+            f"{type(model).__name__} does not capture as one graph: {_first_line(error)}. Rewrite that line in "
+            "tensor ops, move it out of forward, or convert the submodule that does not contain it",
+            line=_user_line(error),
+        ) from error
+    except _torch.BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, MHCError):
+            raise error.inner_exception from None
+        raise
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip().rstrip(".") if lines else type(error).__name__
+
+
+def _user_line(error: BaseException) -> str | None:
+    frames = getattr(error, "real_stack", None)
+    if not frames:
+        return None
+    frame = frames[-1]
+    return f"{frame.filename}:{frame.lineno}: {(frame.line or '').strip()}"
+
+
+__all__ = [
+    "Captured",
+    "GraphInput",
+    "ahead_of_time",
+    "graph_input",
+    "just_in_time",
+    "normalize",
+    "reported",
+    "source_line",
+]

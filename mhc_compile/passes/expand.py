@@ -1,0 +1,262 @@
+"""Rewrite trunks to n streams: one level-1 op of the mathematics for each term of a site.
+
+With streams X of the base x, a site `x' = a x + s F(x)` becomes
+
+    pre, post, logits = coefficients(X, phi, alpha, bias);  res = sinkhorn(logits)
+    u = aggregate(X, pre);  f = s F(u);  X' = merge(a X, f, post, res)
+
+The trunk is widened at its entry (`expand`); ops between sites act on every stream; whoever else reads a trunk
+value gets `readout(X)`, the mean over streams (arXiv 2512.24880, eq. 7 to 19).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+import mhc_compile.kernels.ops  # noqa: F401 - registers torch.ops.mhc
+from mhc_compile.passes.dataflow import Dataflow
+from mhc_compile.passes.emit import Emitter
+from mhc_compile.passes.feature_axis import rank
+from mhc_compile.passes.op_kinds import aten, is_mutating, tensor_of
+from mhc_compile.passes.stream_rules import Streams, apply_to_streams, from_tokens, to_tokens
+from mhc_compile.passes.trunks import Site, Trunk, carried_axis
+
+mhc = torch.ops.mhc
+
+Parameters = Callable[[Site], tuple[fx.Node, fx.Node, fx.Node]]
+
+
+def expand(
+    gm: fx.GraphModule,
+    trunks: list[Trunk],
+    flow: Dataflow,
+    parameters: Parameters,
+    *,
+    n: int,
+    iterations: int,
+    eps: float,
+) -> None:
+    """Rewrite the trunks of `gm` in place; `parameters` gives each site's phi, alpha and bias nodes.
+
+    `flow` is the dataflow of the graph as the trunks were found in it.
+    """
+    dead = {node for node in gm.graph.nodes if not node.users}
+    _Widening(gm.graph, trunks, flow, parameters, n, iterations, eps).run()
+    for node in reversed(gm.graph.nodes):
+        if node.op == "call_function" and not node.users and node not in dead and not is_mutating(node):
+            gm.graph.erase_node(node)
+    gm.graph.lint()
+    gm.recompile()
+
+
+class _Widening:
+    """The rewrite of all trunks of a graph, in graph order, so that whatever a new node reads is settled."""
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        trunks: list[Trunk],
+        flow: Dataflow,
+        parameters: Parameters,
+        n: int,
+        iterations: int,
+        eps: float,
+    ) -> None:
+        self.graph, self.emit, self.flow, self.parameters = graph, Emitter(graph), flow, parameters
+        self.n, self.iterations, self.eps = n, iterations, eps
+        self.trunks = trunks
+        self.streams: dict[fx.Node, Streams] = {}
+        self.along: dict[Site, Streams] = {}  # the streams of a site's skip, as far as the sweep has come
+        self.plain: dict[Site, fx.Node] = {}  # the same way, walked from the site's aggregate
+        self.mixing: dict[Site, tuple[fx.Node, fx.Node]] = {}
+        self.based: dict[fx.Node, list[Site]] = {}
+        self.carried: set[tuple[fx.Node, fx.Node]] = set()  # (reader, value) edges that the streams replace
+        for trunk in trunks:
+            self.carried.update(trunk.steps.items())
+            for site in trunk.sites:
+                self.based.setdefault(site.merge.base, []).append(site)
+                self.carried.update(_skip_edges(site))
+
+    def run(self) -> None:
+        """Visit entries, trunk ops, path ops and merges in graph order."""
+        events: list[tuple[int, int, Callable[[], None]]] = []
+        for trunk in self.trunks:
+            self._add(events, trunk.entry, lambda trunk=trunk: self._enter(trunk))
+            for node, source in trunk.steps.items():
+                self._add(events, node, lambda *a, n=node, s=source, t=trunk: self._step(t, n, s))
+            for site in trunk.sites:
+                for op in site.merge.path:
+                    self._add(events, op, lambda *a, s=site, o=op: self._walk(s, o))
+                self._add(events, site.merge.root, lambda *a, s=site: self._merge(s))
+        for _, _, visit in sorted(events, key=lambda event: event[:2]):
+            visit()
+
+    def _add(self, events: list[tuple[int, int, Callable[[], None]]], node: fx.Node, visit: Callable[[], None]) -> None:
+        events.append((self.flow.index[node], len(events), visit))
+
+    # ------------------------------------------------------------------------------------------ trunk values
+
+    def _enter(self, trunk: Trunk) -> None:
+        entry, axis = trunk.entry, trunk.axis[trunk.entry]
+        with self.graph.inserting_before(self._place_after(entry)):
+            tokens = to_tokens(self.emit, entry, axis)
+            self.streams[entry] = Streams(self.emit.call(mhc.expand.default, tokens, self.n, like=entry), axis)
+        self._open_sites(entry)  # its other readers go on reading the narrow value, which is the readout
+
+    def _step(self, trunk: Trunk, node: fx.Node, source: fx.Node) -> None:
+        with self.graph.inserting_before(node):
+            self.streams[node] = apply_to_streams(
+                self.emit, self.flow, node, source, self.streams[source], trunk.axis[node]
+            )
+        self._open_sites(node)
+        self._read_out(node, self.streams[node])
+
+    def _walk(self, site: Site, op: fx.Node) -> None:
+        """One op of the skip's path: on the streams, and on the aggregate if the branch reads it too."""
+        source = _operand_on_path(site, op)
+        state = self.along[site]
+        axis = carried_axis(op, state.axis)
+        assert axis is not None
+        with self.graph.inserting_before(op):
+            self.along[site] = apply_to_streams(self.emit, self.flow, op, source, state, axis)
+            if self._branch_reads_from(site, op):
+                copy = self.graph.node_copy(op)
+                copy.replace_input_with(source, self.plain[site])
+                self.plain[site] = copy
+                for user in self._branch_readers(site, op):
+                    user.replace_input_with(op, copy)
+        self._read_out(op, self.along[site])
+
+    def _merge(self, site: Site) -> None:
+        root, state = site.merge.root, self.along[site]
+        dtype = tensor_of(root).dtype  # type: ignore[union-attr]
+        with self.graph.inserting_before(root):
+            kept = self.emit.cast(state.node, dtype)
+            f = self.emit.cast(self._branch_sum(site), dtype)
+            f = self._full_size(to_tokens(self.emit, _at_rank(self.emit, f, rank(root)), state.axis), kept)
+            node = self.emit.call(mhc.merge.default, kept, f, *self.mixing[site], like=root)
+        node.meta["mhc_site"] = site.name
+        self.streams[root] = Streams(node, state.axis)
+        self._open_sites(root)
+        self._read_out(root, self.streams[root])
+
+    def _branch_sum(self, site: Site) -> fx.Node:
+        """The sum of every leaf but the skip, in the order of the original sum."""
+        leaves = _leaves_now(site)
+        total = leaves[0]
+        for leaf in leaves[1:]:
+            total = self.emit.call(aten.add.Tensor, total, leaf, like=site.merge.root)
+        return total
+
+    def _full_size(self, f: fx.Node, streams: fx.Node) -> fx.Node:
+        """A branch that broadcasts (a gate per sequence, a bias) at the size of one stream."""
+        state, value = tensor_of(streams), tensor_of(f)
+        assert state is not None and value is not None
+        wanted = (*state.shape[:-2], state.shape[-1])
+        if tuple(map(str, value.shape)) == tuple(map(str, wanted)):
+            return f
+        sizes = [self.emit.size(streams, place) for place in range(state.dim()) if place != state.dim() - 2]
+        return self.emit.call(aten.expand.default, f, sizes, like=f)
+
+    # ------------------------------------------------------------------------------------------ readers
+
+    def _open_sites(self, base: fx.Node) -> None:
+        """Emit the read of every site based at a trunk value, and give its branch the aggregate."""
+        place = self._place_after(base)
+        for site in self.based.get(base, ()):
+            state, like = self.streams[base], site.merge.root
+            with self.graph.inserting_before(place):
+                read = self.emit.call(
+                    mhc.coefficients.default, state.node, *self.parameters(site), self.eps, like=like
+                )
+                pre, post, logits = (self.emit.call(operator.getitem, read, part, like=like) for part in range(3))
+                res = self.emit.call(mhc.sinkhorn.default, logits, self.iterations, like=like)
+                u = self.emit.call(mhc.aggregate.default, state.node, pre, like=like)
+                for made in (read, res, u):
+                    made.meta["mhc_site"] = site.name
+                u = from_tokens(self.emit, u, state.axis, like=like)
+            self.mixing[site], self.along[site], self.plain[site] = (post, res), state, u
+            for reader in site.readers:
+                if self.flow.index[reader] >= self.flow.index[place]:
+                    reader.replace_input_with(base, u)
+
+    def _branch_readers(self, site: Site, op: fx.Node) -> list[fx.Node]:
+        branch = self.flow.between(site.merge.base, site.merge.branches)
+        users = [user for user in op.users if user in self.flow.index and (user, op) not in self.carried]
+        return [user for user in users if self.flow.has(branch, user)]
+
+    def _branch_reads_from(self, site: Site, op: fx.Node) -> bool:
+        """The branch reads this op of the skip's path, or a later one."""
+        path = site.merge.path
+        return any(self._branch_readers(site, later) for later in path[path.index(op) :])
+
+    def _read_out(self, value: fx.Node, state: Streams) -> None:
+        """Give every reader that is left the mean over streams."""
+        readers = [user for user in value.users if user in self.flow.index and (user, value) not in self.carried]
+        if not readers:
+            return
+        with self.graph.inserting_before(self._next_original(value)):
+            mean = self.emit.call(mhc.readout.default, state.node, like=value)
+            mean = from_tokens(self.emit, mean, state.axis, like=value)
+        for reader in readers:
+            reader.replace_input_with(value, mean)
+
+    # ------------------------------------------------------------------------------------------ places
+
+    def _next_original(self, node: fx.Node) -> fx.Node:
+        following = node.next
+        while following not in self.flow.index or following.op == "placeholder":
+            following = following.next
+        return following
+
+    def _place_after(self, node: fx.Node) -> fx.Node:
+        """The first place behind a node where gradients are on: a read in a no-grad region could not train."""
+        place = self._next_original(node)
+        while self.flow.has(self.flow.without_grad, place):
+            place = self._next_original(place)
+        return place
+
+
+def _skip_edges(site: Site) -> list[tuple[fx.Node, fx.Node]]:
+    merge = site.merge
+    edges = [(op, _operand_on_path(site, op)) for op in merge.path]
+    return [*edges, (_skip_holder(site), merge.skip)]
+
+
+def _operand_on_path(site: Site, op: fx.Node) -> fx.Node:
+    place = site.merge.path.index(op)
+    return site.merge.path[place - 1] if place else site.merge.base
+
+
+def _skip_holder(site: Site) -> fx.Node:
+    """The add of the tree that reads the skip."""
+    tree = site.merge.tree
+    return next(add for add in (tree.root, *tree.interior) if site.merge.skip in add.args[:2])
+
+
+def _leaves_now(site: Site) -> list[fx.Node]:
+    """The leaves but the skip as the graph holds them now: the sweep may have replaced what they were found as."""
+    tree, merge = site.merge.tree, site.merge
+    holder = _skip_holder(site)
+    leaves: list[fx.Node] = []
+    pending: list[tuple[fx.Node, fx.Node | None]] = [(tree.root, None)]
+    skipped = False
+    while pending:
+        node, reader = pending.pop()
+        if node is tree.root or node in tree.interior:
+            pending.extend((argument, node) for argument in reversed(node.args[:2]))  # type: ignore[misc]
+        elif reader is holder and node is merge.skip and not skipped:
+            skipped = True
+        else:
+            leaves.append(node)
+    return leaves
+
+
+def _at_rank(emitter: Emitter, node: fx.Node, count: int) -> fx.Node:
+    for _ in range(count - rank(node)):
+        node = emitter.call(aten.unsqueeze.default, node, 0, like=node)
+    return node

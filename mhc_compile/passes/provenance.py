@@ -1,0 +1,48 @@
+"""Where in the user's program a graph node comes from: module path and source line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from torch import fx
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s*(?P<code>[^\n]*)')
+_ROOT = re.compile(r"^(L\['self'\]|L__self__|self)\.?")
+_MODULES_ITEM = re.compile(r"\._modules\['([^']+)'\]|\[['\"]?([^'\"\]]+)['\"]?\]")
+_SOURCE_ITEM = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\.([A-Za-z_]\w*)|\[['\"]?([^'\"\]]+)['\"]?\]")
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module whose forward made the node; '' for the root module."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    path = _MODULES_ITEM.sub(lambda m: "." + (m.group(1) or m.group(2)), _ROOT.sub("", path))
+    # export writes repeated calls of one module as `layer@1`
+    return re.sub(r"@\d+", "", path).strip(".")
+
+
+def attribute_path(source: str) -> str:
+    """`L['self']._modules['a']._parameters['w']` as `a.w`; '' when the source is not an attribute of the model."""
+    if not _ROOT.match(source):
+        return ""
+    rest = _ROOT.sub("", source)
+    rest = rest if rest.startswith((".", "[", "_")) else "." + rest
+    rest = rest if not rest.startswith("_") else "." + rest
+    return ".".join(next(part for part in match.groups() if part) for match in _SOURCE_ITEM.finditer(rest))
+
+
+def source_line(node: fx.Node) -> str:
+    """`file.py:12: the code` of the innermost user frame that made the node; '' if the capture kept none."""
+    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    if not frames:
+        return ""
+    frame = frames[-1]
+    return f"{_short(frame['file'])}:{frame['line']}: {frame['code'].strip()}"
+
+
+def _short(file: str) -> str:
+    """The last two parts of a path: enough to find the file, short enough for a table."""
+    return "/".join(Path(file).parts[-2:])
