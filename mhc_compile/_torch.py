@@ -5,11 +5,13 @@ Tried with torch 2.11 and 2.13. A name that moves in a later release fails here,
 
 from __future__ import annotations
 
+import itertools
 import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
 
 try:
@@ -17,11 +19,13 @@ try:
     from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException, Unsupported
     from torch._dynamo.exc import UserError as DynamoUserError
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
 except ImportError as error:  # pragma: no cover - depends on the installed torch
     raise ImportError(
         f"mhc_compile does not know this torch ({torch.__version__}): {error}. Tested: 2.11 and 2.13."
     ) from error
+
+_counter = itertools.count()
 
 __all__ = [
     "BackendCompilerFailed",
@@ -35,6 +39,7 @@ __all__ = [
     "fresh_function",
     "lookup_backend",
     "make_fx",
+    "record_opaque",
     "size_hint",
     "storage_key",
 ]
@@ -60,14 +65,15 @@ def fake_mode_of(values: Iterable[object]) -> FakeTensorMode | None:
 
 
 def fresh_function(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy of `function` with a code object of its own.
+    """A copy of `function` with a code object, and a code name, of its own.
 
-    Dynamo keeps its compiled variants by code object: two converted models that shared one would evict
-    each other and share one recompile limit.
+    Dynamo keeps its compiled variants by code object, and what it knows of changing shapes by code name and
+    line: two models behind one function would evict each other and make each other's sizes dynamic.
     """
     assert isinstance(function, types.FunctionType)
+    name = f"{function.__code__.co_name}_{next(_counter)}"
     copy = types.FunctionType(
-        function.__code__.replace(),
+        function.__code__.replace(co_name=name, co_qualname=name),
         function.__globals__,
         function.__name__,
         function.__defaults__,
@@ -85,6 +91,17 @@ def storage_key(value: object) -> int | None:
         return int(value.untyped_storage()._cdata)
     except NotImplementedError:  # a value inside vmap has no storage of its own
         return None
+
+
+def record_opaque(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+    """Under `make_fx`: put one call into the graph as it is, without running it, and give `result` (fake) for it."""
+    mode = get_proxy_mode()
+    assert mode is not None
+    for body in [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.nn.Module)]:
+        mode.tracer.root.register_module(f"{target.__name__}_body_{next(_counter)}", body)
+    proxy_args, proxy_kwargs = pytree.tree_map(mode.tracer.unwrap_proxy, (args, kwargs))
+    proxy = mode.tracer.create_proxy("call_function", target, proxy_args, proxy_kwargs)
+    return track_tensor_tree(result, proxy, constant=None, tracer=mode.tracer)
 
 
 def size_hint(size: int | torch.SymInt) -> int:

@@ -1,9 +1,11 @@
 """Random residual modules as Python source: for hypothesis, or by seed.
 
-A module is a list of (kind, variant) blocks at one width, in one layout and dtype. `render` turns it into the text
-of a `class M(nn.Module)` with `build()` and `inputs()`, so a failing case prints as code that reproduces it; shrinking
-removes blocks and lowers variants. Each kind knows how many sites it adds and whether it ends the trunk, by the
-conventions of `models.py`, so a case carries its own expected counts.
+A module is a list of (kind, variant) blocks at one width, in one layout and dtype. `write` and `render` turn
+it into the text of a `class M(nn.Module)` with `build()` and `inputs()`, so a failing case prints as code
+that reproduces it; shrinking removes blocks and lowers variants. Each kind knows how many sites it adds and
+whether it ends the trunk, by the conventions of `models.py`, so a case carries its own expected counts.
+
+`make(seed)` gives one case, `cases()` a hypothesis strategy; `python tests/random_modules.py SEED` prints it.
 """
 
 from __future__ import annotations
@@ -52,6 +54,9 @@ class Case:
 
     def __repr__(self) -> str:
         return f"# {self.sites} sites, {self.trunks} trunks\n{self.source}"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(f"\n{self!r}")  # what hypothesis prints of a failure
 
 
 @dataclass
@@ -418,7 +423,7 @@ def long_skip(w: Writer, variant: int) -> None:
 
 
 def cross(w: Writer, variant: int) -> None:
-    """A site of a second trunk that reads the first, and then mostly one of the first that reads the second."""
+    """A site of a second trunk that reads the first, and mostly one of the first that reads the second."""
     a, b = w.width, second_width(w.spec)
     w.add(f"y = y + {w.linear(b, b)}({w.norm(b)}(y)) * torch.sigmoid({w.linear(a, b)}(x))")
     w.second += 1
@@ -439,13 +444,13 @@ def projected(w: Writer, variant: int) -> None:
 def concatenated(w: Writer, variant: int) -> None:
     """A concatenated shortcut with a learned join: a new trunk."""
     axis = 1 if w.channels_first else -1
-    h = branch(w, "x", variant)
+    h = branch(w, "x", variant % 5)  # not the broadcast one
     w.add(f"x = {w.linear(2 * w.width, w.width)}(torch.cat([x, {h}], {axis}))")
     w.end_trunk()
 
 
 def batch_norm(w: Writer, variant: int) -> None:
-    """Running statistics on the trunk: a new trunk. Where the layout has no batch of positions, a projection."""
+    """Running statistics on the trunk end it; tokens get a learned projection instead."""
     kind = {"signal": "BatchNorm1d", "image": "BatchNorm2d", "flat": "BatchNorm1d"}.get(w.spec.layout)
     w.add(f"x = {w.module(f'nn.{kind}({w.width})') if kind else w.linear(w.width, w.width)}(x)")
     w.end_trunk()
@@ -581,19 +586,26 @@ def make(seed: int) -> Case:
     )
 
 
-def cases(max_blocks: int = 7, kinds: tuple[str, ...] = tuple(KINDS)) -> st.SearchStrategy[Case]:
-    """A hypothesis strategy of cases; shrinking removes blocks and simplifies those left."""
-    blocks = st.lists(
-        st.tuples(st.sampled_from(kinds), st.integers(0, VARIANTS - 1)), min_size=1, max_size=max_blocks
-    )
+def specs(max_blocks: int = 7, kinds: tuple[str, ...] = tuple(KINDS)) -> st.SearchStrategy[Spec]:
+    block = st.tuples(st.sampled_from(kinds), st.integers(0, VARIANTS - 1))
     return st.builds(
         Spec,
-        blocks=blocks.map(tuple),
+        blocks=st.lists(block, min_size=1, max_size=max_blocks).map(tuple),
         layout=st.sampled_from(LAYOUTS),
         width=st.integers(3, 24),
         dtype=st.sampled_from(DTYPES),
         stem=st.booleans(),
-    ).map(case)
+    )
+
+
+def cases(max_blocks: int = 7, kinds: tuple[str, ...] = tuple(KINDS)) -> st.SearchStrategy[Case]:
+    """Hypothesis strategy: shrinking removes blocks and simplifies the rest; a failure prints its source."""
+
+    @st.composite
+    def draw_case(draw: st.DrawFn) -> Case:
+        return case(draw(specs(max_blocks, kinds)))
+
+    return draw_case()
 
 
 if __name__ == "__main__":

@@ -93,9 +93,11 @@ def test_casts_keep_gradients_and_identity() -> None:
     site = HyperConnection(2, 3)
     phi = site.phi
     site(torch.randn(2, 2, 3))[0].sum().backward()
+    assert phi.grad is not None
     grad = phi.grad.clone()
     site.bfloat16()
-    assert site.phi is phi and phi.grad.dtype == torch.float32 and torch.equal(phi.grad, grad)
+    assert site.phi is phi and phi.grad is not None
+    assert phi.grad.dtype == torch.float32 and torch.equal(phi.grad, grad)
 
 
 def test_double_is_allowed_and_float_comes_back() -> None:

@@ -293,12 +293,18 @@ def _tokens_last(a: Tensor, n: int) -> Tensor:
 
 
 def _first_columns(a: Tensor) -> Tensor:
-    """Log of the column-normalised exp(a), [n, n, T]; logsumexp shifts by the column maximum."""
-    return a - torch.logsumexp(a, 0)
+    """Log of the column-normalised exp(a), [n, n, T]."""
+    return _log_normalised(a, 0)
 
 
 def _first_rows(a: Tensor) -> Tensor:
-    return a - torch.logsumexp(a, 1, keepdim=True)
+    return _log_normalised(a, 1)
+
+
+def _log_normalised(a: Tensor, dim: int) -> Tensor:
+    # Not a - logsumexp(a): that is rounded at the size of the maximum, 1e-4 for logits of a thousand.
+    a = a - a.amax(dim, keepdim=True)
+    return a.sub_(a.exp().sum(dim, keepdim=True).log_())
 
 
 def _half_steps(a: Tensor, iterations: int) -> tuple[Tensor, Tensor]:

@@ -59,11 +59,12 @@ def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
 
     ``M[..., i, j]``: row i is the output stream, column j the input stream; rows sum to 1.  [..., n, n] both.
     """
-    # The shift has to be the maximum of the axis that is normalised first: it cancels there.  A shift of rows
-    # changes the result.  After one iteration in log space every divisor is in [1 / n^2, n]: exp is safe.
-    logits = logits - logits.amax(-2, keepdim=True)
-    logits = logits - logits.exp().sum(-2, keepdim=True).log()
-    logits = logits - torch.logsumexp(logits, -1, keepdim=True)
+    # The first shift has to be the maximum of the axis that is normalised first: there it cancels, whereas a
+    # shift of rows would change the result.  After one iteration in log space every divisor is in
+    # [1 / n^2, n], and exp is safe.
+    for axis in (-2, -1):
+        logits = logits - logits.amax(axis, keepdim=True)
+        logits = logits - logits.exp().sum(axis, keepdim=True).log()
     m = logits.exp()
     for _ in range(iterations - 1):
         m = m / m.sum(-2, keepdim=True)

@@ -4,7 +4,7 @@ Just in time, Dynamo hands a graph to a backend; ahead of time, `torch.export` g
 are run once more under `make_fx(pre_dispatch=True)`, which leaves one language: ATen ops above autograd and
 autocast (`linear`, `layer_norm`, `scaled_dot_product_attention` and `dropout` still whole), with the fake value
 (`val`), the module stack and the stack trace on each node. Activation checkpoints are looked into: their bodies
-stand in the graph, tagged for recomputation. Regions of grad mode and autocast stay as pairs of nodes.
+stand in the graph, tagged for recomputation. Other higher-order ops (scans, branches) stay whole. Regions of grad mode and autocast stay as pairs of nodes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,12 @@ from mhc_compile.errors import CaptureError, MHCError
 from mhc_compile.passes.provenance import attribute_path, source_line
 
 _HOPS = torch.ops.higher_order
+_LOOKED_INTO = (
+    _HOPS.tag_activation_checkpoint,
+    _HOPS.wrap_with_set_grad_enabled,
+    _HOPS.wrap_with_autocast,
+    _HOPS.invoke_subgraph,
+)
 
 
 @dataclass(frozen=True)
@@ -156,6 +162,14 @@ class _Inliner(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm, garbage_collect_values=True)
 
+    def run_node(self, n: fx.Node) -> Any:
+        if isinstance(n.target, torch._ops.HigherOrderOperator) and n.target not in _LOOKED_INTO:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            result = n.meta["example_value"] if "example_value" in n.meta else n.meta["val"]
+            with torch.fx.traceback.set_current_meta(n):
+                return _torch.record_opaque(n.target, args, kwargs, result)
+        return super().run_node(n)
+
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is _HOPS.tag_activation_checkpoint:
             body, *inputs = args
@@ -171,6 +185,9 @@ class _Inliner(fx.Interpreter):
             device, dtype, enabled, cache, body, *inputs = args
             with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache):
                 return _Inliner(body).run(*inputs)
+        if target is _HOPS.invoke_subgraph:
+            body, _, *inputs = args
+            return _Inliner(body).run(*inputs)
         return super().call_function(target, args, kwargs)
 
 

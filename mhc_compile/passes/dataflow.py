@@ -50,9 +50,10 @@ class Dataflow:
         self.nodes = list(graph.nodes)
         self.index = {node: number for number, node in enumerate(self.nodes)}
         self.ancestors: list[int] = []
-        for node in self.nodes:
+        self._sources = [value_inputs(node) for node in self.nodes]  # as they are now, for what is computed later
+        for sources in self._sources:
             found = 0
-            for source in value_inputs(node):
+            for source in sources:
                 number = self.index[source]
                 found |= self.ancestors[number] | (1 << number)
             self.ancestors.append(found)
@@ -63,7 +64,7 @@ class Dataflow:
         result = [0] * len(self.nodes)
         for number in range(len(self.nodes) - 1, -1, -1):
             reached = result[number] | (1 << number)
-            for source in value_inputs(self.nodes[number]):
+            for source in self._sources[number]:
                 result[self.index[source]] |= reached
         return result
 
