@@ -18,6 +18,9 @@ try:
     from torch._dynamo.backends.registry import lookup_backend
     from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException, Unsupported
     from torch._dynamo.exc import UserError as DynamoUserError
+    from torch._functorch.predispatch import _remove_batch_dim as vmap_unwrap
+    from torch._functorch.predispatch import _vmap_decrement_nesting as vmap_exit
+    from torch._functorch.predispatch import _vmap_increment_nesting as vmap_enter
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
 except ImportError as error:  # pragma: no cover - depends on the installed torch
@@ -42,6 +45,9 @@ __all__ = [
     "record_opaque",
     "size_hint",
     "storage_key",
+    "vmap_enter",
+    "vmap_exit",
+    "vmap_unwrap",
 ]
 
 
@@ -93,15 +99,23 @@ def storage_key(value: object) -> int | None:
         return None
 
 
-def record_opaque(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-    """Under `make_fx`: put one call into the graph as it is, without running it, and give `result` (fake) for it."""
+def record_opaque(
+    target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, *, kind: str = "call_function", hidden: bool = False
+) -> Any:
+    """Under `make_fx`: put one call into the graph as it is, without running it, and give `result` (fake) for it.
+
+    With `hidden`, `result` only stands for a value that has no fake form; the node records none.
+    """
     mode = get_proxy_mode()
     assert mode is not None
     for body in [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.nn.Module)]:
         mode.tracer.root.register_module(f"{target.__name__}_body_{next(_counter)}", body)
     proxy_args, proxy_kwargs = pytree.tree_map(mode.tracer.unwrap_proxy, (args, kwargs))
-    proxy = mode.tracer.create_proxy("call_function", target, proxy_args, proxy_kwargs)
-    return track_tensor_tree(result, proxy, constant=None, tracer=mode.tracer)
+    proxy = mode.tracer.create_proxy(kind, target, proxy_args, proxy_kwargs)
+    track_tensor_tree(result, proxy, constant=None, tracer=mode.tracer)
+    if hidden:
+        proxy.node.meta["val"] = None
+    return result
 
 
 def size_hint(size: int | torch.SymInt) -> int:

@@ -2,7 +2,7 @@
 
 In-place ops become their functional twins where nothing else sees the written storage; `sub`, `alpha=`,
 `addcmul`, `addcdiv`, `lerp`, `baddbmm` and a full-size `addmm` become a sum of what they add; casts that change
-nothing go. The function stays; a fused multiply-add may round its last bit differently once it is two ops.
+nothing go, and `view` becomes `reshape`. The function stays; a fused multiply-add may round its last bit differently once it is two ops.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ def canonicalize(gm: fx.GraphModule) -> list[str]:
     """Rewrite `gm` in place; gives a note for every in-place op that had to stay."""
     notes = _functionalize(gm)
     emitter = Emitter(gm.graph)
+    written = Dataflow(gm.graph).mutated
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
             continue
@@ -31,6 +32,8 @@ def canonicalize(gm: fx.GraphModule) -> list[str]:
                 replacement = spell(emitter, node)
             if replacement is not None:
                 _replace(gm.graph, node, replacement)
+        elif node.target is aten.view.default and _torch.storage_key(tensor_of(node)) not in written:
+            node.target = aten.reshape.default  # a rewritten value may lie in memory otherwise
         elif packet(node) in CASTS and _changes_nothing(node):
             _replace(gm.graph, node, node.args[0])
     return notes

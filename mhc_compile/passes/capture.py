@@ -161,14 +161,30 @@ class _Inliner(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm, garbage_collect_values=True)
+        self._vmap_depth = 0
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.target is _torch.vmap_enter:
+            self._vmap_depth += 1
+        if self._vmap_depth:
+            return self._inside_vmap(n)
         if isinstance(n.target, torch._ops.HigherOrderOperator) and n.target not in _LOOKED_INTO:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             result = n.meta["example_value"] if "example_value" in n.meta else n.meta["val"]
             with torch.fx.traceback.set_current_meta(n):
                 return _torch.record_opaque(n.target, args, kwargs, result)
         return super().run_node(n)
+
+    def _inside_vmap(self, n: fx.Node) -> Any:
+        """Ops on batched tensors have no form above vmap: they stay in the graph as Dynamo wrote them."""
+        if n.target is _torch.vmap_exit:
+            self._vmap_depth -= 1
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        result = n.meta.get("example_value")
+        if isinstance(result, torch.Tensor) and n.target is not _torch.vmap_unwrap:
+            result = torch.empty(())  # stands for a batched tensor; nothing outside reads it
+        with torch.fx.traceback.set_current_meta(n):
+            return _torch.record_opaque(n.target, args, kwargs, result, kind=n.op, hidden=n.target is not _torch.vmap_unwrap)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is _HOPS.tag_activation_checkpoint:

@@ -20,7 +20,6 @@ from mhc_compile.passes.op_kinds import (
     PERMUTES,
     VIEWS,
     aten,
-    is_elementwise,
     is_float_tensor,
     is_local,
     is_mutating,
@@ -49,14 +48,36 @@ class Dataflow:
     def __init__(self, graph: fx.Graph) -> None:
         self.nodes = list(graph.nodes)
         self.index = {node: number for number, node in enumerate(self.nodes)}
+        self.sources = self._value_edges()  # as they are now, for what is computed later
         self.ancestors: list[int] = []
-        self._sources = [value_inputs(node) for node in self.nodes]  # as they are now, for what is computed later
-        for sources in self._sources:
+        for sources in self.sources.values():
             found = 0
             for source in sources:
                 number = self.index[source]
                 found |= self.ancestors[number] | (1 << number)
             self.ancestors.append(found)
+
+    def _value_edges(self) -> dict[fx.Node, list[fx.Node]]:
+        """What each node reads; behind a write through a view, a reader of the storage also reads the write."""
+        edges = {}
+        writers: dict[int | None, fx.Node] = {}
+        for node in self.nodes:
+            sources = value_inputs(node)
+            if writers:
+                keys = {_torch.storage_key(tensor_of(source)) for source in sources}
+                sources = sources + [writers[key] for key in keys if key in writers]
+            edges[node] = sources
+            writers.update(dict.fromkeys(_written(node), node))
+        return edges
+
+    @cached_property
+    def readers(self) -> dict[fx.Node, list[fx.Node]]:
+        """Who reads each node's value directly."""
+        readers: dict[fx.Node, list[fx.Node]] = {node: [] for node in self.nodes}
+        for node, sources in self.sources.items():
+            for source in sources:
+                readers[source].append(node)
+        return readers
 
     @cached_property
     def descendants(self) -> list[int]:
@@ -64,7 +85,7 @@ class Dataflow:
         result = [0] * len(self.nodes)
         for number in range(len(self.nodes) - 1, -1, -1):
             reached = result[number] | (1 << number)
-            for source in self._sources[number]:
+            for source in self.sources[self.nodes[number]]:
                 result[self.index[source]] |= reached
         return result
 
@@ -113,17 +134,23 @@ class Dataflow:
     @cached_property
     def mutated(self) -> frozenset[int]:
         """Keys of the storages that some op still writes into."""
-        keys = set()
-        for node in self.nodes:
-            if is_mutating(node):
-                for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
-                    if argument.alias_info is not None and argument.alias_info.is_write:
-                        keys.add(_torch.storage_key(tensor_of(value)))
-        return frozenset(key for key in keys if key is not None)
+        return frozenset(key for node in self.nodes for key in _written(node))
 
     def is_mutated(self, node: fx.Node) -> bool:
         """Some op of the graph writes into the storage of this node's tensor."""
         return _torch.storage_key(tensor_of(node)) in self.mutated
+
+
+def _written(node: fx.Node) -> list[int]:
+    """Keys of the storages that a node writes into."""
+    if not is_mutating(node):
+        return []
+    keys = [
+        _torch.storage_key(tensor_of(value))
+        for argument, value in zip(node.target._schema.arguments, node.args, strict=False)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return [key for key in keys if key is not None]
 
 
 def parameter_behind(node: object) -> str | None:
@@ -153,13 +180,15 @@ def is_trainable(node: object) -> bool:
 
 
 def mixes(node: fx.Node) -> bool:
-    """The op makes a residual branch: it mixes positions or features, or scales by a learned parameter.
+    """The op computes across positions or features, as every product with a weight matrix does.
 
-    Buffers count as learned only inside ops that mix (quantised weights); a rotary table, which is a buffer
-    that multiplies elementwise, does not.
+    A learned scale of single elements does not: a branch of such ops alone is a local skip.
     """
     if node.op != "call_function" or tensor_of(node) is None and not isinstance(node.meta.get("val"), (tuple, list)):
         return False
-    if not is_local(node):
-        return True
-    return is_elementwise(node) and any(is_trainable(source) for source in node.all_input_nodes)
+    return not is_local(node)
+
+
+def is_learned(node: fx.Node) -> bool:
+    """One of the op's operands is a parameter or buffer."""
+    return any(parameter_behind(source) for source in node.all_input_nodes)

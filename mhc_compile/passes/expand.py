@@ -21,7 +21,7 @@ import mhc_compile.kernels.ops  # noqa: F401 - registers torch.ops.mhc
 from mhc_compile.passes.dataflow import Dataflow
 from mhc_compile.passes.emit import Emitter
 from mhc_compile.passes.feature_axis import rank
-from mhc_compile.passes.op_kinds import aten, is_mutating, tensor_of
+from mhc_compile.passes.op_kinds import aten, tensor_of
 from mhc_compile.passes.stream_rules import Streams, apply_to_streams, from_tokens, to_tokens
 from mhc_compile.passes.trunks import Site, Trunk, carried_axis
 
@@ -47,7 +47,7 @@ def expand(
     dead = {node for node in gm.graph.nodes if not node.users}
     _Widening(gm.graph, trunks, flow, parameters, n, iterations, eps).run()
     for node in reversed(gm.graph.nodes):
-        if node.op == "call_function" and not node.users and node not in dead and not is_mutating(node):
+        if node.op == "call_function" and not node.users and node not in dead and not node.is_impure():
             gm.graph.erase_node(node)
     gm.graph.lint()
     gm.recompile()
@@ -70,10 +70,12 @@ class _Widening:
         self.n, self.iterations, self.eps = n, iterations, eps
         self.trunks = trunks
         self.streams: dict[fx.Node, Streams] = {}
+        self.readouts: dict[fx.Node, fx.Node] = {}
         self.along: dict[Site, Streams] = {}  # the streams of a site's skip, as far as the sweep has come
         self.plain: dict[Site, fx.Node] = {}  # the same way, walked from the site's aggregate
         self.mixing: dict[Site, tuple[fx.Node, fx.Node]] = {}
         self.based: dict[fx.Node, list[Site]] = {}
+        self.holder = {site: _skip_holder(site) for trunk in trunks for site in trunk.sites}
         self.carried: set[tuple[fx.Node, fx.Node]] = set()  # (reader, value) edges that the streams replace
         for trunk in trunks:
             self.carried.update(trunk.steps.items())
@@ -110,7 +112,13 @@ class _Widening:
     def _step(self, trunk: Trunk, node: fx.Node, source: fx.Node) -> None:
         with self.graph.inserting_before(node):
             self.streams[node] = apply_to_streams(
-                self.emit, self.flow, node, source, self.streams[source], trunk.axis[node]
+                self.emit,
+                self.flow,
+                node,
+                source,
+                self.streams[source],
+                trunk.axis[node],
+                self.readouts.get(source),
             )
         self._open_sites(node)
         self._read_out(node, self.streams[node])
@@ -146,7 +154,7 @@ class _Widening:
 
     def _branch_sum(self, site: Site) -> fx.Node:
         """The sum of every leaf but the skip, in the order of the original sum."""
-        leaves = _leaves_now(site)
+        leaves = _leaves_now(site, self.holder[site])
         total = leaves[0]
         for leaf in leaves[1:]:
             total = self.emit.call(aten.add.Tensor, total, leaf, like=site.merge.root)
@@ -178,10 +186,10 @@ class _Widening:
                 u = self.emit.call(mhc.aggregate.default, state.node, pre, like=like)
                 for made in (read, res, u):
                     made.meta["mhc_site"] = site.name
-                u = from_tokens(self.emit, u, state.axis, like=like)
+                u = from_tokens(self.emit, u, state.axis, of=base)
             self.mixing[site], self.along[site], self.plain[site] = (post, res), state, u
             for reader in site.readers:
-                if self.flow.index[reader] >= self.flow.index[place]:
+                if self.flow.index[reader] >= self.flow.index[place] and (reader, base) not in self.carried:
                     reader.replace_input_with(base, u)
 
     def _branch_readers(self, site: Site, op: fx.Node) -> list[fx.Node]:
@@ -201,7 +209,7 @@ class _Widening:
             return
         with self.graph.inserting_before(self._next_original(value)):
             mean = self.emit.call(mhc.readout.default, state.node, like=value)
-            mean = from_tokens(self.emit, mean, state.axis, like=value)
+            self.readouts[value] = mean = from_tokens(self.emit, mean, state.axis, of=value)
         for reader in readers:
             reader.replace_input_with(value, mean)
 
@@ -238,10 +246,9 @@ def _skip_holder(site: Site) -> fx.Node:
     return next(add for add in (tree.root, *tree.interior) if site.merge.skip in add.args[:2])
 
 
-def _leaves_now(site: Site) -> list[fx.Node]:
+def _leaves_now(site: Site, holder: fx.Node) -> list[fx.Node]:
     """The leaves but the skip as the graph holds them now: the sweep may have replaced what they were found as."""
     tree, merge = site.merge.tree, site.merge
-    holder = _skip_holder(site)
     leaves: list[fx.Node] = []
     pending: list[tuple[fx.Node, fx.Node | None]] = [(tree.root, None)]
     skipped = False

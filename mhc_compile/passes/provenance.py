@@ -9,7 +9,7 @@ from torch import fx
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s*(?P<code>[^\n]*)')
 _ROOT = re.compile(r"^(L\['self'\]|L__self__|self)\.?")
-_MODULES_ITEM = re.compile(r"\._modules\['([^']+)'\]|\[['\"]?([^'\"\]]+)['\"]?\]")
+_MODULES_ITEM = re.compile(r"(?:\._modules|\['_modules'\])\['([^']+)'\]|\[['\"]?([^'\"\]]+)['\"]?\]")
 _SOURCE_ITEM = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\.([A-Za-z_]\w*)|\[['\"]?([^'\"\]]+)['\"]?\]")
 
 
@@ -18,7 +18,7 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path = str(list(stack.values())[-1][0])
+    path = str(list(stack.values())[-1][0]).replace(".__dict__", "")
     path = _MODULES_ITEM.sub(lambda m: "." + (m.group(1) or m.group(2)), _ROOT.sub("", path))
     # export writes repeated calls of one module as `layer@1`
     return re.sub(r"@\d+", "", path).strip(".")
@@ -28,7 +28,7 @@ def attribute_path(source: str) -> str:
     """`L['self']._modules['a']._parameters['w']` as `a.w`; '' when the source is not an attribute of the model."""
     if not _ROOT.match(source):
         return ""
-    rest = _ROOT.sub("", source)
+    rest = _ROOT.sub("", source).replace(".__dict__", "")
     rest = rest if rest.startswith((".", "[", "_")) else "." + rest
     rest = rest if not rest.startswith("_") else "." + rest
     return ".".join(next(part for part in match.groups() if part) for match in _SOURCE_ITEM.finditer(rest))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from mhc_compile.passes.dataflow import Dataflow, mixes, value_inputs
+from mhc_compile.passes.dataflow import Dataflow, is_learned, mixes
 from mhc_compile.passes.op_kinds import (
     CASTS,
     COPIES,
@@ -32,7 +32,7 @@ _PEEL_DEPTH = 16  # longest chain of scales, casts and views looked through betw
 
 NO_ANCESTRY = "no operand is computed from another: a position embedding, a bias, a mask or a sum of branches"
 POINTWISE = "one operand is a pointwise function of the other: a local skip, not a residual branch"
-PROJECTED = "both operands are computed from one value, neither is that value: a projected or pooled shortcut"
+PROJECTED = "the operands are computed from one value and none is that value: branches, or a projected shortcut"
 BROADCAST = "the skip is broadcast or changes shape at the add"
 
 
@@ -113,7 +113,11 @@ def candidates(tree: AddTree, flow: Dataflow) -> tuple[list[Merge], str]:
         others = [other for other in tree.leaves if other is not leaf]
         for base, path in _peel(leaf):
             computed = [other for other in others if flow.depends(other, base)]
-            branches = tuple(other for other in computed if _branches_off(base, path, other, flow))
+            branches = tuple(
+                other
+                for other in computed
+                if _branches_off(base, path, other, flow) and not (is_statistic(base, other, flow) and not same_shape(other, tree.root))
+            )
             if branches and not same_shape(leaf, tree.root):
                 reason = BROADCAST
             elif branches:
@@ -170,14 +174,21 @@ def _branches_off(base: fx.Node, path: tuple[fx.Node, ...], leaf: fx.Node, flow:
     return _reaches_around(start, leaf, path, flow)
 
 
+def is_statistic(state: fx.Node, leaf: fx.Node, flow: Dataflow) -> bool:
+    """A mean or the like that is broadcast back, with nothing learned: `x - mean(x)` is a norm, no residual."""
+    if same_shape(leaf, state):
+        return False
+    return not any(is_learned(node) for node in flow.members(flow.between(state, [leaf])))
+
+
 def _mixing_frontier(base: fx.Node, upstream: int, flow: Dataflow) -> tuple[set[fx.Node], bool]:
     """The first mixing ops on the ways from base, found without passing another mixing op."""
     frontier: set[fx.Node] = set()
     pending, seen = [base], {base}
     while pending:
         node = pending.pop()
-        for user in node.users:
-            if user in seen or not flow.has(upstream, user) or node not in value_inputs(user):
+        for user in flow.readers[node]:
+            if user in seen or not flow.has(upstream, user):
                 continue
             seen.add(user)
             if mixes(user):
@@ -195,7 +206,7 @@ def _reaches_around(start: set[fx.Node], leaf: fx.Node, path: tuple[fx.Node, ...
         node = pending.pop()
         if node in start:
             return True
-        for source in value_inputs(node):
+        for source in flow.sources[node]:
             if source not in seen and flow.index[source] >= first:
                 seen.add(source)
                 pending.append(source)

@@ -15,11 +15,20 @@ from torch import fx
 
 from mhc_compile import _torch
 from mhc_compile.passes.capture import graph_input
-from mhc_compile.passes.dataflow import Dataflow, mixes, value_inputs
+from mhc_compile.passes.dataflow import Dataflow, value_inputs
 from mhc_compile.passes.feature_axis import infer
 from mhc_compile.passes.op_kinds import NORMS, is_float_tensor, is_local, packet, tensor_of
 from mhc_compile.passes.provenance import source_line
-from mhc_compile.passes.residuals import AddTree, Merge, Refusal, add_trees, candidates, is_sum, on_trunk_inputs
+from mhc_compile.passes.residuals import (
+    AddTree,
+    Merge,
+    Refusal,
+    add_trees,
+    candidates,
+    is_statistic,
+    is_sum,
+    on_trunk_inputs,
+)
 
 LONG_SKIP = "a long skip: it adds an older state of the trunk, read out, to every stream"
 AROUND = "a long skip around a trunk of {count} sites: the trunk is read out and added as it is"
@@ -120,7 +129,7 @@ def _computed_locally(node: fx.Node, source: fx.Node) -> bool:
         current = pending.pop()
         if current is source:
             return True
-        if is_local(current) and not mixes(current):
+        if is_local(current):
             fresh = [other for other in value_inputs(current) if other not in seen]
             seen.update(fresh)
             pending.extend(fresh)
@@ -150,7 +159,9 @@ def trunk_operand(node: fx.Node, flow: Dataflow, reached: dict[fx.Node, object])
 
 def _adds_branch(other: fx.Node, operand: fx.Node, flow: Dataflow) -> bool:
     """`other` is computed from `operand` by more than pointwise ops: a demoted long skip ends the trunk."""
-    return flow.depends(other, operand) and not (is_local(other) and _computed_locally(other, operand))
+    if not flow.depends(other, operand) or (is_local(other) and _computed_locally(other, operand)):
+        return False
+    return not is_statistic(operand, other, flow)
 
 
 def _carry_on(node: fx.Node, flow: Dataflow, readings: _Readings) -> None:
@@ -183,6 +194,13 @@ class _Chains:
         down: dict[Merge, int] = {}
         for merge in reversed(order):
             down[merge] = 1 + max((down[one] for one in self.forest.successors(merge)), default=0)
+        self._first: dict[Merge, Merge] = {}
+        self._last: dict[Merge, list[Merge]] = {}
+        for merge in order:
+            before = next(iter(self.forest.predecessors(merge)), None)
+            self._first[merge] = merge if before is None else self._first[before]
+            if self.forest.out_degree(merge) == 0:
+                self._last.setdefault(self._first[merge], []).append(merge)
         self.length = {merge: self.up[merge] + down[merge] - 1 for merge in order}
 
     def inside(self, merge: Merge) -> list[Merge]:
@@ -201,9 +219,24 @@ class _Chains:
             best[merge] = 1 + max((best.get(one, 0) for one in self.forest.predecessors(merge)), default=0)
         return max(best.values(), default=0)
 
-    def before(self, merge: Merge) -> Merge | None:
-        """The merge before one on its trunk."""
-        return next(iter(self.forest.predecessors(merge)), None)
+    def ends(self, merge: Merge) -> tuple[Merge, list[Merge]]:
+        """The first merge of the chain of one, and the last ones."""
+        return self._first[merge], self._last[self._first[merge]]
+
+    def cut_by(self, merge: Merge, inner: list[Merge]) -> bool:
+        """Every way from the base of a merge to its branches passes the sum of some merge of `inner`."""
+        branch = self.branch[merge]
+        for one in inner:
+            branch &= ~(1 << self.flow.index[one.root])
+        pending, seen = [merge.base], {merge.base}
+        while pending:
+            for reader in self.flow.readers[pending.pop()]:
+                if reader not in seen and self.flow.has(branch, reader):
+                    if reader in merge.branches:
+                        return False
+                    seen.add(reader)
+                    pending.append(reader)
+        return True
 
 
 def _runs_around(merge: Merge, chains: _Chains, refused: list[Refusal]) -> bool:
@@ -212,7 +245,9 @@ def _runs_around(merge: Merge, chains: _Chains, refused: list[Refusal]) -> bool:
     if len(inner) < 2:
         return False
     count = chains.longest(inner)
-    if count > chains.length[merge] or count > 1 and _on_coarser_grid(merge, inner, chains):
+    if count < 2 or not chains.cut_by(merge, inner):
+        return False
+    if count > max(2, chains.length[merge]) or _on_coarser_grid(merge, inner, chains):
         refused.append(Refusal(merge.root, AROUND.format(count=count)))
         return True
     return False
@@ -250,11 +285,16 @@ def _outermost(merges: list[Merge], chains: _Chains, refused: list[Refusal]) -> 
 
 
 def _nested(inner: Merge, outer: Merge, chains: _Chains) -> bool:
+    """The chain of `inner` starts in the branch of `outer` and is seen nowhere outside it.
+
+    A chain that goes on outside is a trunk of its own that the branch happens to read. A merge without a chain
+    whose skip comes from outside (a shared bias that looks like a skip) belongs to the branch that it ends in.
+    """
     flow, branch = chains.flow, chains.branch[outer]
     if not flow.has(branch, inner.root):
         return False
-    if inner.base is outer.base or flow.has(branch, inner.base):
-        return True
-    before = chains.before(inner)
-    chained = before is not None and not flow.has(branch, before.root)
-    return not chained and all(flow.has(branch, user) for user in inner.root.users)
+    first, last = chains.ends(inner)
+    alone = first is inner and last == [inner]
+    if not (alone or first.base is outer.base or flow.has(branch, first.base)):
+        return False
+    return all(flow.has(branch, user) for merge in last for user in merge.root.users)

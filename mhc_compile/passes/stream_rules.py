@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from mhc_compile.passes import feature_axis
@@ -46,20 +47,33 @@ def to_tokens(emitter: Emitter, node: fx.Node, axis: int) -> fx.Node:
     return emitter.call(aten.permute.default, node, order, like=node)
 
 
-def from_tokens(emitter: Emitter, node: fx.Node, axis: int, *, like: fx.Node) -> fx.Node:
-    """A value whose features are last, with them moved back to `axis`."""
+def from_tokens(emitter: Emitter, node: fx.Node, axis: int, *, of: fx.Node) -> fx.Node:
+    """A value whose features are last, with them moved back to `axis` and laid out in memory like `of`."""
     count = feature_axis.rank(node)
     if axis == count - 1:
         return node
     order = list(range(count - 1))
     order.insert(axis, count - 1)
-    return emitter.call(aten.permute.default, node, order, like=like)
+    moved = emitter.call(aten.permute.default, node, order, like=node)
+    value = tensor_of(of)
+    if value is not None and value.is_contiguous():
+        # the model's own ops may rely on it, as `view` does
+        moved = emitter.call(aten.clone.default, moved, memory_format=torch.contiguous_format, like=node)
+    return moved
 
 
-def apply_to_streams(emitter: Emitter, flow: Dataflow, node: fx.Node, source: fx.Node, streams: Streams, axis: int) -> Streams:
+def apply_to_streams(
+    emitter: Emitter,
+    flow: Dataflow,
+    node: fx.Node,
+    source: fx.Node,
+    streams: Streams,
+    axis: int,
+    readout: fx.Node | None = None,
+) -> Streams:
     """Emit what `node`, an op on the trunk value `source`, does to the streams of that value.
 
-    `axis` is the feature axis of the result.
+    `axis` is the feature axis of the result; `readout` the node, if any, that other readers of the value have got.
     """
     kind = packet(node)
     if kind in COPIES and kind is not aten.detach:
@@ -73,7 +87,7 @@ def apply_to_streams(emitter: Emitter, flow: Dataflow, node: fx.Node, source: fx
     elif kind in CASTS or kind is aten.detach:
         result = emitter.call(node.target, streams.node, *node.args[1:], like=node, **node.kwargs)
     elif is_elementwise(node):
-        known = {source: streams}
+        known = {source: streams} if readout is None else {source: streams, readout: streams}
         for operand in node.all_input_nodes:
             _follow_side(emitter, flow, operand, source, streams.axis, known)
         result = _elementwise(emitter, node, known, axis)
@@ -200,7 +214,7 @@ def _dropout(emitter: Emitter, node: fx.Node, streams: Streams) -> fx.Node:
     if not train or probability == 0:
         return streams.node
     like_one = emitter.call(aten.select.int, streams.node, -2, 0, like=node)
-    like_one = from_tokens(emitter, like_one, streams.axis, like=node)
+    like_one = from_tokens(emitter, like_one, streams.axis, of=node)
     ones = emitter.call(aten.ones_like.default, like_one, like=node)
     mask = emitter.call(aten.dropout.default, ones, probability, train, like=node)
     beside = beside_streams(emitter, mask, streams.axis, feature_axis.rank(mask))
@@ -220,7 +234,7 @@ def _each_stream(emitter: Emitter, node: fx.Node, streams: Streams, axis: int) -
     results = []
     for number in range(n):
         one = emitter.call(aten.select.int, streams.node, -2, number, like=node)
-        one = from_tokens(emitter, one, streams.axis, like=node)
+        one = from_tokens(emitter, one, streams.axis, of=node)
         result = emitter.call(node.target, one, *node.args[1:], like=node, **node.kwargs)
         results.append(to_tokens(emitter, result, axis))
     return emitter.call(aten.stack.default, results, -2, like=node)

@@ -62,14 +62,12 @@ def chain(
     merges: list[Merge], flow: Dataflow, refused: list[Refusal]
 ) -> list[Trunk]:
     """Build the trunks through `merges` (graph order); merges that cannot be carried go to `refused`."""
-    trunks: list[Trunk] = []
-    open_merges = list(merges)
-    while open_merges:
-        found, leftover = _chain_once(open_merges, flow, refused, len(trunks))
-        trunks.extend(found)
-        if len(leftover) == len(open_merges):
-            raise AssertionError("a merge is neither on a trunk nor refused")
-        open_merges = leftover
+    chained = list(merges)
+    while True:
+        trunks, dropped = _chain_all(chained, flow, refused)
+        if not dropped:
+            break
+        chained = [merge for merge in chained if merge not in dropped]  # their sums become ops on the trunk
     trunks.sort(key=lambda trunk: flow.index[trunk.sites[0].merge.root])
     for number, trunk in enumerate(trunks):
         for index, site in enumerate(trunk.sites):
@@ -77,28 +75,47 @@ def chain(
     return trunks
 
 
+def _chain_all(
+    merges: list[Merge], flow: Dataflow, refused: list[Refusal]
+) -> tuple[list[Trunk], set[Merge]]:
+    """Trunks through all merges; where an op loses the features, what follows starts a trunk of its own.
+
+    Also gives the merges that must be left out, which asks for another round.
+    """
+    trunks: list[Trunk] = []
+    open_merges = merges
+    while open_merges:
+        found, open_merges, dropped = _chain_once(open_merges, flow, refused)
+        trunks.extend(found)
+        if dropped:
+            return [], dropped
+    return trunks, set()
+
+
 def _chain_once(
-    merges: list[Merge], flow: Dataflow, refused: list[Refusal], count: int
-) -> tuple[list[Trunk], list[Merge]]:
+    merges: list[Merge], flow: Dataflow, refused: list[Refusal]
+) -> tuple[list[Trunk], list[Merge], set[Merge]]:
     steps, entries = _sweep(merges, flow)
     graph: nx.DiGraph[fx.Node] = nx.DiGraph()
     for merge in merges:
         graph.add_edge(merge.base, merge.root)
         graph.add_edges_from(_steps_behind(merge.base, steps, entries))
-    trunks, leftover = [], []
+    trunks: list[Trunk] = []
+    leftover: list[Merge] = []
+    dropped: set[Merge] = set()
     for entry in entries:
         reached = nx.descendants(graph, entry) | {entry}
         members = [merge for merge in merges if merge.base in reached]
         trunk = _settle_axis(entry, members, {node: steps[node] for node in reached if node in steps}, refused)
         if trunk is None:
+            dropped.update(members)
             continue
         carried = [merge for merge in members if merge.root in trunk.axis]
         leftover += [merge for merge in members if merge.root not in trunk.axis]
-        _add_sites(trunk, carried, flow, refused)
-        if trunk.sites:
-            trunks.append(trunk)
+        dropped |= _add_sites(trunk, carried, flow, refused)
+        trunks.append(trunk)
     order = {merge: number for number, merge in enumerate(merges)}
-    return trunks, sorted(leftover, key=order.__getitem__)
+    return trunks, sorted(leftover, key=order.__getitem__), dropped
 
 
 def _sweep(merges: list[Merge], flow: Dataflow) -> tuple[dict[fx.Node, fx.Node], list[fx.Node]]:
@@ -184,8 +201,10 @@ def carried_axis(node: fx.Node, axis: int) -> int | None:
     return axis
 
 
-def _add_sites(trunk: Trunk, merges: list[Merge], flow: Dataflow, refused: list[Refusal]) -> None:
+def _add_sites(trunk: Trunk, merges: list[Merge], flow: Dataflow, refused: list[Refusal]) -> set[Merge]:
+    """Append the trunk's sites; gives the merges whose branch has no read of the trunk to itself."""
     taken: set[tuple[fx.Node, fx.Node]] = set()
+    dropped = set()
     for merge in merges:
         branch = flow.between(merge.base, merge.branches)
         inner = {merge.root, *merge.tree.interior, *merge.path}
@@ -194,8 +213,10 @@ def _add_sites(trunk: Trunk, merges: list[Merge], flow: Dataflow, refused: list[
         behind_path = any(flow.has(branch, user) and user not in inner for node in merge.path for user in node.users)
         if not readers and not behind_path:
             refused.append(Refusal(merge.root, SHARED))
+            dropped.add(merge)
             continue
         taken |= {(merge.base, user) for user in readers}
         features = feature_axis.features(merge.base, trunk.axis[merge.base])
         assert features is not None
         trunk.sites.append(Site(merge, trunk.axis[merge.base], features, 0, 0, frozenset(readers)))
+    return dropped
