@@ -194,13 +194,6 @@ class _Chains:
         down: dict[Merge, int] = {}
         for merge in reversed(order):
             down[merge] = 1 + max((down[one] for one in self.forest.successors(merge)), default=0)
-        self._first: dict[Merge, Merge] = {}
-        self._last: dict[Merge, list[Merge]] = {}
-        for merge in order:
-            before = next(iter(self.forest.predecessors(merge)), None)
-            self._first[merge] = merge if before is None else self._first[before]
-            if self.forest.out_degree(merge) == 0:
-                self._last.setdefault(self._first[merge], []).append(merge)
         self.length = {merge: self.up[merge] + down[merge] - 1 for merge in order}
 
     def inside(self, merge: Merge) -> list[Merge]:
@@ -219,9 +212,20 @@ class _Chains:
             best[merge] = 1 + max((best.get(one, 0) for one in self.forest.predecessors(merge)), default=0)
         return max(best.values(), default=0)
 
-    def ends(self, merge: Merge) -> tuple[Merge, list[Merge]]:
-        """The first merge of the chain of one, and the last ones."""
-        return self._first[merge], self._last[self._first[merge]]
+    def before(self, merge: Merge) -> Merge | None:
+        """The merge before one on its trunk."""
+        return next(iter(self.forest.predecessors(merge)), None)
+
+    def first_within(self, merge: Merge, nodes: int) -> Merge:
+        """The first merge of the chain up to `merge` whose sums all lie in a set of nodes."""
+        while (before := self.before(merge)) is not None and self.flow.has(nodes, before.root):
+            merge = before
+        return merge
+
+    def last(self, merge: Merge) -> list[Merge]:
+        """The last merges of the chain from `merge` on."""
+        after = nx.descendants(self.forest, merge) | {merge}
+        return [one for one in after if self.forest.out_degree(one) == 0]
 
     def cut_by(self, merge: Merge, inner: list[Merge]) -> bool:
         """Every way from the base of a merge to its branches passes the sum of some merge of `inner`."""
@@ -293,8 +297,9 @@ def _nested(inner: Merge, outer: Merge, chains: _Chains) -> bool:
     flow, branch = chains.flow, chains.branch[outer]
     if not flow.has(branch, inner.root):
         return False
-    first, last = chains.ends(inner)
-    alone = first is inner and last == [inner]
+    first = chains.first_within(inner, branch)
+    last = chains.last(inner)
+    alone = first is inner and last == [inner] and chains.before(inner) is None
     if not (alone or first.base is outer.base or flow.has(branch, first.base)):
         return False
     return all(flow.has(branch, user) for merge in last for user in merge.root.users)

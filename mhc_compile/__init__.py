@@ -1,0 +1,23 @@
+"""Turn any PyTorch model into n-stream mHC (manifold-constrained hyper-connections, arXiv 2512.24880)."""
+
+from mhc_compile.config import MHCConfig
+from mhc_compile.convert import history, mhc_compile, param_groups, restore
+from mhc_compile.errors import CaptureError, ConfigError, ExportError, MHCError, PartitionError, RewriteError, ShapeError
+from mhc_compile.hyper_connection import HyperConnection
+
+__version__ = "0.1.0"
+__all__ = [
+    "CaptureError",
+    "ConfigError",
+    "ExportError",
+    "HyperConnection",
+    "MHCConfig",
+    "MHCError",
+    "PartitionError",
+    "RewriteError",
+    "ShapeError",
+    "history",
+    "mhc_compile",
+    "param_groups",
+    "restore",
+]

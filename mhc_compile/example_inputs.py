@@ -1,0 +1,78 @@
+"""Example inputs of a model: given by the user, or derived from a Hugging Face config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mhc_compile.errors import ConfigError, wrong
+
+_BATCH, _LENGTH = 2, 8
+_LEGAL = "a tensor, a tuple of positional arguments or a dict of keyword arguments"
+
+
+def as_call(example_inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments that `example_inputs` stands for.
+
+    Raises ConfigError for anything but a tensor, a tuple or list, or a mapping of names.
+    """
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping) and all(isinstance(name, str) for name in example_inputs):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
+        return tuple(example_inputs), {}
+    raise ConfigError(wrong("example_inputs", f"a {type(example_inputs).__name__}", _LEGAL))
+
+
+def derive(model: nn.Module) -> dict[str, Any]:
+    """Small inputs for a Hugging Face model, from its `main_input_name` and config.
+
+    Raises ConfigError for other modules, and for main inputs this does not know.
+    """
+    name, config = getattr(model, "main_input_name", None), getattr(model, "config", None)
+    if not isinstance(name, str) or config is None:
+        raise ConfigError(
+            wrong(
+                "example_inputs",
+                "not given",
+                _LEGAL,
+                f"pass what {type(model).__name__}.forward takes, as example_inputs=...; "
+                "they are derived for Hugging Face models only",
+            )
+        )
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    makers = {"input_ids": _ids, "pixel_values": _pixels, "input_features": _features, "input_values": _waveform}
+    if name not in makers:
+        raise ConfigError(wrong("the model's main input", repr(name), ", ".join(makers), "pass example_inputs=..."))
+    inputs = {name: makers[name](config).to(device)}
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = _ids(config)[:, :5].to(device)
+    return inputs
+
+
+def _ids(config: Any) -> torch.Tensor:
+    text = getattr(config, "text_config", None) or config
+    high = int(text.vocab_size)
+    return torch.arange(_BATCH * _LENGTH).reshape(_BATCH, _LENGTH) % max(high - 3, 1) + min(3, high - 1)
+
+
+def _pixels(config: Any) -> torch.Tensor:
+    vision = getattr(config, "vision_config", None) or config
+    size = getattr(vision, "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    channels = getattr(vision, "num_channels", 3)
+    return torch.linspace(-1, 1, _BATCH * channels * height * width).reshape(_BATCH, channels, height, width)
+
+
+def _features(config: Any) -> torch.Tensor:
+    length = 2 * getattr(config, "max_source_positions", 50)
+    mels = getattr(config, "num_mel_bins", 80)
+    return torch.linspace(-1, 1, _BATCH * mels * length).reshape(_BATCH, mels, length)
+
+
+def _waveform(config: Any) -> torch.Tensor:
+    return torch.sin(torch.arange(_BATCH * 16000) * 0.05).reshape(_BATCH, 16000)

@@ -1,0 +1,89 @@
+"""Tell a model that is mHC, or has several streams, already: converting it again would widen its streams."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from mhc_compile import _torch
+from mhc_compile.passes.op_kinds import aten, is_elementwise, tensor_of
+from mhc_compile.passes.provenance import source_line
+from mhc_compile.passes.residuals import Merge
+
+_MANY = 4  # normalisations in a row that no other computation needs
+_MAX_STREAMS = 64
+
+
+def find_foreign(graph: fx.Graph, merges: list[Merge]) -> str | None:
+    """The source line of a Sinkhorn chain or of a gated write into streams; None if there is neither."""
+    depth: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        source = _normalised(node)
+        if source is not None:
+            depth[node] = depth.get(source, 0) + 1
+            if depth[node] >= _MANY:
+                return source_line(node) or node.name
+    for merge in merges:
+        if any(_writes_streams(merge, branch) for branch in merge.branches):
+            return source_line(merge.root) or merge.root.name
+    return None
+
+
+def _normalised(node: fx.Node) -> fx.Node | None:
+    """For `a / (sum(a, axis) [+ eps])` over small square matrices: a."""
+    if node.target not in (aten.div.Tensor, aten.mul.Tensor) or len(node.args) < 2:
+        return None
+    value = tensor_of(node)
+    if value is None or value.dim() < 2 or value.shape[-1] != value.shape[-2]:
+        return None
+    for source, divisor in (node.args[:2], node.args[1::-1]):
+        if isinstance(source, fx.Node) and isinstance(divisor, fx.Node) and _is_sum_of(divisor, source):
+            return source
+    return None
+
+
+def _is_sum_of(node: fx.Node, source: fx.Node, steps: int = 4) -> bool:
+    """The node is a sum over an axis of `source`, behind at most a few elementwise ops (an eps, a clamp, 1/x)."""
+    while steps and node.target is not aten.sum.dim_IntList:
+        if not is_elementwise(node) or not node.args or not isinstance(node.args[0], fx.Node):
+            return False
+        node, steps = node.args[0], steps - 1
+    return node.target is aten.sum.dim_IntList and node.args[0] is source
+
+
+def _writes_streams(merge: Merge, branch: fx.Node) -> bool:
+    """The branch is one value spread over a small axis of the skip by gates: `gate[..., n, 1] * f[..., 1, C]`."""
+    state = tensor_of(merge.base)
+    flat = _through_views(branch)
+    if flat.target is not aten.mul.Tensor or state is None:
+        return False
+    left, right = (tensor_of(argument) for argument in flat.args[:2])
+    if left is None or right is None or left.dim() != right.dim() or left.dim() < 3:
+        return False
+    for gate, value in ((left, right), (right, left)):
+        n, width = _torch.size_hint(gate.shape[-2]), _torch.size_hint(value.shape[-1])
+        if (
+            1 < n <= _MAX_STREAMS
+            and _torch.size_hint(gate.shape[-1]) == 1
+            and _torch.size_hint(value.shape[-2]) == 1
+            and width > 1
+            and _reads_fewer(merge, width)
+        ):
+            return True
+    return False
+
+
+def _reads_fewer(merge: Merge, width: int) -> bool:
+    """The state is wider than what one branch writes."""
+    state = tensor_of(merge.base)
+    assert state is not None
+    last = _torch.size_hint(state.shape[-1])
+    return last > width or (state.dim() > 2 and last == width)
+
+
+def _through_views(node: fx.Node) -> fx.Node:
+    while node.target in (aten.flatten.using_ints, aten.reshape.default, aten.view.default, aten.to.dtype):
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
+            break
+        node = source
+    return node

@@ -1,0 +1,93 @@
+"""From a captured graph to its sites, and from its sites to the rewritten graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from mhc_compile.config import MHCConfig
+from mhc_compile.errors import RewriteError
+from mhc_compile.passes.canonicalize import canonicalize
+from mhc_compile.passes.dataflow import Dataflow
+from mhc_compile.passes.expand import Parameters, expand
+from mhc_compile.passes.foreign import find_foreign
+from mhc_compile.passes.history import Outcome, Pass, PassRecord, run_passes
+from mhc_compile.passes.naming import name_sites
+from mhc_compile.passes.residuals import Refusal
+from mhc_compile.passes.select import select
+from mhc_compile.passes.trunks import Site, Trunk, chain
+
+
+@dataclass
+class Analysis:
+    """The trunks of one graph, the adds that were refused, and the canonical graph they were found in."""
+
+    graph: fx.GraphModule
+    flow: Dataflow
+    trunks: list[Trunk]
+    refused: list[Refusal]
+    records: list[PassRecord]
+    foreign: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def sites(self) -> list[Site]:
+        """All sites in the order of their adds."""
+        sites = [site for trunk in self.trunks for site in trunk.sites]
+        return sorted(sites, key=lambda site: self.flow.index[site.merge.root])
+
+
+def analyze(gm: fx.GraphModule, *, tie_shared: bool = False) -> Analysis:
+    """Bring a captured graph to canonical form, in place, and find and name its sites."""
+    notes: list[str] = []
+
+    def run(graph: fx.GraphModule) -> Outcome:
+        notes.extend(canonicalize(graph))
+        return Outcome(True, tuple(sorted(set(notes))))
+
+    records = run_passes(gm, [Pass("canonicalize", False, run)])
+    flow = Dataflow(gm.graph)
+    selection = select(gm.graph, flow)
+    refused = list(selection.refused)
+    foreign = find_foreign(gm.graph, selection.sites)
+    trunks = chain(selection.sites, flow, refused)
+    name_sites(trunks, flow, tie_shared=tie_shared)
+    refused.sort(key=lambda refusal: flow.index[refusal.node])
+    return Analysis(gm, flow, trunks, refused, records, foreign, notes)
+
+
+def rewrite(analysis: Analysis, config: MHCConfig, parameters: Parameters) -> list[PassRecord]:
+    """Widen the trunks of an analysed graph in place; gives the records of the passes that ran."""
+
+    def run(graph: fx.GraphModule) -> Outcome:
+        expand(
+            graph,
+            analysis.trunks,
+            analysis.flow,
+            parameters,
+            n=config.n,
+            iterations=config.iterations,
+            eps=config.eps,
+        )
+        return Outcome(bool(analysis.trunks))
+
+    return run_passes(analysis.graph, [Pass("expand", False, run)])
+
+
+def keep_sites(analysis: Analysis, names: list[str]) -> None:
+    """Check that a graph has just the sites that the model was converted with.
+
+    Raises RewriteError when one is missing or new: leaving it a plain add, or without parameters, would change
+    the model's function in silence.
+    """
+    found = {site.name for site in analysis.sites}
+    missing, extra = sorted(set(names) - found), sorted(found - set(names))
+    if not missing and not extra:
+        return
+    what = [f"has no site {', '.join(missing[:4])}" if missing else "", f"has also {', '.join(extra[:4])}" if extra else ""]
+    raise RewriteError(
+        "this call runs other residual adds than the one the model was converted with: it "
+        + " and ".join(part for part in what if part)
+        + ". Convert with example_inputs that run the same layers (mode, optional branches, layer drop)"
+    )
