@@ -8,15 +8,17 @@ from __future__ import annotations
 import itertools
 import types
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
 try:
+    import torch._dynamo
+    from torch._dynamo.eval_frame import skip_code
     from torch._dynamo.backends.registry import lookup_backend
-    from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException, Unsupported
+    from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException, Unsupported
     from torch._dynamo.exc import UserError as DynamoUserError
     from torch._functorch.predispatch import _remove_batch_dim as vmap_unwrap
     from torch._functorch.predispatch import _vmap_decrement_nesting as vmap_exit
@@ -28,11 +30,13 @@ except ImportError as error:  # pragma: no cover - depends on the installed torc
         f"mhc_compile does not know this torch ({torch.__version__}): {error}. Tested: 2.11 and 2.13."
     ) from error
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _counter = itertools.count()
 
 __all__ = [
     "BackendCompilerFailed",
     "DynamoUserError",
+    "FailOnRecompileLimitHit",
     "FakeTensor",
     "FakeTensorMode",
     "TorchDynamoException",
@@ -42,6 +46,8 @@ __all__ = [
     "fresh_function",
     "lookup_backend",
     "make_fx",
+    "many_recompiles",
+    "outside_dynamo",
     "record_opaque",
     "size_hint",
     "storage_key",
@@ -97,6 +103,26 @@ def storage_key(value: object) -> int | None:
         return int(value.untyped_storage()._cdata)
     except NotImplementedError:  # a value inside vmap has no storage of its own
         return None
+
+
+def outside_dynamo(function: _Function, reason: str) -> _Function:
+    """Let an outer `torch.compile` step over a function's frame, but not over what it calls.
+
+    What `torch.compiler.disable(recursive=False)` does, without its own error under `torch.export`; when Dynamo
+    must inline the function (an outer fullgraph), it stops with `reason`.
+    """
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
+    skip_code(function.__code__)  # type: ignore[attr-defined]
+    return function
+
+
+def many_recompiles() -> Any:
+    """A context in which one forward may be compiled for many modes (train, eval, autocast, dtypes, shapes).
+
+    Dynamo's default of 8 variants is met by ordinary use; beyond it a `fullgraph` function stops with an error.
+    """
+    return torch._dynamo.config.patch(recompile_limit=64)
 
 
 def record_opaque(

@@ -17,7 +17,7 @@ from mhc_compile.config import MHCConfig
 from mhc_compile.errors import ConfigError, ExportError, RewriteError, wrong
 from mhc_compile.example_inputs import as_call, derive
 from mhc_compile.hyper_connection import HyperConnection
-from mhc_compile.passes.capture import just_in_time, reported
+from mhc_compile.passes.capture import DYNAMO_ERRORS, just_in_time, translated
 from mhc_compile.passes.history import PassRecord
 from mhc_compile.passes.residuals import Refusal
 from mhc_compile.passes.rewrite import Analysis, analyze
@@ -26,6 +26,10 @@ from mhc_compile.passes.trunks import Site
 
 _STATE = "_mhc_conversion"
 _TREE = "mhc"
+_INLINED = (
+    "a model converted by mhc_compile compiles itself and cannot be inlined into another fullgraph compilation or a "
+    "strict export; compile without fullgraph, or use mhc_compile.trace(model, inputs)"
+)
 
 
 class SiteTree(nn.Module):
@@ -60,8 +64,11 @@ class Conversion:
             )
         if self._compiled is None:
             self._compiled = self._compile(model)
-        with reported(model):
-            _, output = self._compiled(model, *args, **kwargs)
+        try:
+            with _torch.many_recompiles():
+                _, output = self._compiled(model, *args, **kwargs)
+        except DYNAMO_ERRORS as error:
+            raise translated(error, model) from error
         return output
 
     def _compile(self, model: nn.Module) -> Callable[..., Any]:
@@ -69,6 +76,10 @@ class Conversion:
         self.backend = ConvertingBackend(self.config, [site.name for site in self.sites], names)
         forward = anchored(self.original)
         return torch.compile(_torch.fresh_function(forward), backend=self.backend, fullgraph=True)
+
+
+for _method in (Conversion.run, Conversion._compile):
+    _torch.outside_dynamo(_method, _INLINED)
 
 
 def anchored(original: type[nn.Module]) -> Callable[..., Any]:
@@ -203,15 +214,11 @@ def _attach(model: nn.Module, config: MHCConfig, sites: list[SiteRecord]) -> Non
 def _subclass(original: type[nn.Module]) -> type[nn.Module]:
     """The original class with a forward that runs rewritten; its name stays, as frameworks look classes up by it."""
 
-    @torch.compiler.disable(recursive=False)
-    def run(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.__dict__[_STATE].run(self, args, kwargs)
-
     @functools.wraps(original.forward)
-    @torch.compiler.disable(recursive=False)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__[_STATE].run(self, args, kwargs)
 
+    _torch.outside_dynamo(forward, _INLINED)
     body = {"forward": forward, "__module__": original.__module__, "__qualname__": original.__qualname__}
     return type(original.__name__, (original,), body)
 

@@ -79,10 +79,12 @@ def just_in_time(
         return stop
 
     try:
-        with reported(model), torch.enable_grad():
+        with torch.enable_grad():
             torch.compile(_torch.fresh_function(function), backend=backend, fullgraph=True)(model, *args, **kwargs)
     except _Arguments as signal:
         return Captured(graphs[0], signal.arguments)
+    except DYNAMO_ERRORS as error:
+        raise translated(error, model) from error
     raise CaptureError(
         f"{type(model).__name__} ran no tensor op that could be captured; pass inputs that exercise it"
     )
@@ -93,7 +95,7 @@ def ahead_of_time(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
 
     Raises CaptureError when torch.export refuses the model.
     """
-    with reported(model), torch.enable_grad():
+    with torch.enable_grad():
         try:
             program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
         except MHCError:
@@ -211,21 +213,29 @@ def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
     return [node for node in gm.graph.nodes if node.op == "placeholder"]
 
 
-@contextmanager
-def reported(model: nn.Module) -> Any:
-    """Turn what Dynamo raises into our errors, each with the user's line and what to do."""
-    try:
-        yield
-    except (_torch.Unsupported, _torch.DynamoUserError) as error:
-        raise CaptureError(
-            f"{type(model).__name__} does not capture as one graph: {_first_line(error)}. Rewrite that line in "
-            "tensor ops, move it out of forward, or convert the submodule that does not contain it",
-            line=_user_line(error),
-        ) from error
-    except _torch.BackendCompilerFailed as error:
-        if isinstance(error.inner_exception, MHCError):
-            raise error.inner_exception from None
-        raise
+DYNAMO_ERRORS = (
+    _torch.Unsupported,
+    _torch.DynamoUserError,
+    _torch.FailOnRecompileLimitHit,
+    _torch.BackendCompilerFailed,
+)
+
+
+def translated(error: Exception, model: nn.Module) -> Exception:
+    """Our error for one of DYNAMO_ERRORS, with the user's line and what to do; else the error itself."""
+    name = type(model).__name__
+    if isinstance(error, _torch.FailOnRecompileLimitHit):
+        return CaptureError(
+            f"{name} was compiled for too many variants: {_first_line(error)}. Something in its inputs changes with "
+            "every call; TORCH_LOGS=recompiles names it"
+        )
+    if isinstance(error, _torch.BackendCompilerFailed):
+        return error.inner_exception if isinstance(error.inner_exception, MHCError) else error
+    return CaptureError(
+        f"{name} does not capture as one graph: {_first_line(error)}. Rewrite that line in tensor ops, move it out of "
+        "forward, or convert the submodule that does not contain it",
+        line=_user_line(error),
+    )
 
 
 def _first_line(error: BaseException) -> str:
@@ -248,6 +258,7 @@ __all__ = [
     "graph_input",
     "just_in_time",
     "normalize",
-    "reported",
+    "DYNAMO_ERRORS",
+    "translated",
     "source_line",
 ]

@@ -33,7 +33,7 @@ def _normalised(node: fx.Node) -> fx.Node | None:
     if node.target not in (aten.div.Tensor, aten.mul.Tensor) or len(node.args) < 2:
         return None
     value = tensor_of(node)
-    if value is None or value.dim() < 2 or value.shape[-1] != value.shape[-2]:
+    if value is None or value.dim() < 2 or _torch.size_hint(value.shape[-1]) != _torch.size_hint(value.shape[-2]):
         return None
     for source, divisor in (node.args[:2], node.args[1::-1]):
         if isinstance(source, fx.Node) and isinstance(divisor, fx.Node) and _is_sum_of(divisor, source):
