@@ -125,6 +125,9 @@ def many_recompiles() -> Any:
     return torch._dynamo.config.patch(recompile_limit=64)
 
 
+skip_code(many_recompiles.__code__)
+
+
 def record_opaque(
     target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, *, kind: str = "call_function", hidden: bool = False
 ) -> Any:

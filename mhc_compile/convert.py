@@ -96,6 +96,18 @@ def original_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(self).forward(self, *args, **kwargs)
 
 
+def plain_forward(model: nn.Module) -> Callable[..., Any]:
+    """The forward of a model before any conversion, as a function of the model."""
+    if not is_converted(model):
+        return original_forward
+    original = conversion(model).original
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return original.forward(self, *args, **kwargs)
+
+    return forward
+
+
 def mhc_compile(
     model: nn.Module,
     n: int | None = None,

@@ -135,7 +135,7 @@ def import_cycles(modules: dict[str, list[Import]]) -> list[list[str]]:
 def triton_misuses(modules: dict[str, list[Import]]) -> list[str]:
     """Triton outside `kernels`, and every way by which importing the package could import triton.
 
-    A file of kernels may import triton at its top, where `@triton.jit` looks its names up. Then only other such
+    A file of kernels may import triton at its top, where `@triton.jit` looks names up. Then only other such
     files may import that file at their tops; all else imports it inside the function that launches.
     """
     uses = {name: [found for found in modules[name] if found.under("triton")] for name in modules}
@@ -276,7 +276,6 @@ def test_imports_without_triton(module: str) -> None:
     import_in_a_new_process("sys.modules['triton'] = None", f"import {module}")
 
 
-def test_import_does_not_load_triton_or_inductor() -> None:
-    """Loading triton early would fix its interpreter switch, and inductor takes seconds."""
-    loaded = "{'triton', 'torch._inductor.compile_fx'} & set(sys.modules)"
-    import_in_a_new_process("import mhc_compile", f"assert not ({loaded}), {loaded}")
+def test_import_does_not_load_inductor() -> None:
+    """Inductor takes seconds to import. (Triton, where it is installed, is loaded by torch's Dynamo.)"""
+    import_in_a_new_process("import mhc_compile", "assert 'torch._inductor.compile_fx' not in sys.modules")

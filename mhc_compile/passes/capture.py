@@ -90,14 +90,16 @@ def just_in_time(
     )
 
 
-def ahead_of_time(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
+def ahead_of_time(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic_shapes: Any = None
+) -> tuple[Captured, pytree.TreeSpec | None]:
     """Capture `model(*args, **kwargs)` with `torch.export` (non-strict), in the same language.
 
-    Raises CaptureError when torch.export refuses the model.
+    Also gives the structure of the model's output. Raises CaptureError when torch.export refuses the model.
     """
     with torch.enable_grad():
         try:
-            program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
+            program = torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False)
         except MHCError:
             raise
         except Exception as error:
@@ -113,7 +115,8 @@ def ahead_of_time(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
         examples.append(node.meta["val"])
         kind = spec.kind.name.lower() if lifted else "input"
         node.meta["mhc_input"] = GraphInput(kind if kind in ("parameter", "buffer") else "input", spec.target or "")
-    return Captured(normalize(program.graph_module, examples), tuple(arguments))
+    captured = Captured(normalize(program.graph_module, examples), tuple(arguments))
+    return captured, program.call_spec.out_spec
 
 
 def normalize(gm: fx.GraphModule, examples: Sequence[Any]) -> fx.GraphModule:

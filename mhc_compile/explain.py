@@ -1,0 +1,165 @@
+"""Say what a conversion finds in a model: trunks, sites, and every add that was considered and refused."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from mhc_compile.convert import conversion, is_converted, plain_forward
+from mhc_compile.example_inputs import as_call, derive
+from mhc_compile.passes.capture import just_in_time
+from mhc_compile.passes.provenance import module_path, source_line
+from mhc_compile.passes.rewrite import Analysis, analyze
+
+_WIDTH = 110  # of a printed table when the output is no terminal
+
+
+@dataclass(frozen=True)
+class ExplainedSite:
+    """A residual add that becomes a site.
+
+    name: the site's name in `model.mhc`; module: the module whose forward adds; line: source line of the add;
+    shape, dtype: of the sum as captured; axis: its feature axis; features: C; trunk: the trunk's number.
+    """
+
+    name: str
+    module: str
+    line: str
+    shape: tuple[str, ...]
+    dtype: torch.dtype
+    axis: int
+    features: int
+    trunk: int
+
+
+@dataclass(frozen=True)
+class ExplainedTrunk:
+    """A chain of sites: its number, how many sites it has, its width C, and where its entry is made."""
+
+    number: int
+    sites: int
+    features: int
+    entry: str
+
+
+@dataclass(frozen=True)
+class ExplainedRefusal:
+    """An add of float tensors that stays a plain add: module, source line, shape, and the reason."""
+
+    module: str
+    line: str
+    shape: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; `str()` is a table that fits a terminal."""
+
+    model: str
+    sites: list[ExplainedSite]
+    trunks: list[ExplainedTrunk]
+    refused: list[ExplainedRefusal]
+    notes: list[str]
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=min(Console().width, _WIDTH) if Console().is_terminal else _WIDTH)
+        counts = f"{len(self.sites)} sites on {_plural(len(self.trunks), 'trunk')}, {len(self.refused)} adds refused"
+        console.print(f"{self.model}: {counts}", markup=False, highlight=False)
+        for trunk in self.trunks:
+            text = f"trunk {trunk.number}: {_plural(trunk.sites, 'site')}, C = {trunk.features}, starts at {trunk.entry}"
+            console.print(text, markup=False, highlight=False)
+        if self.sites:
+            console.print(self._site_table(), markup=False)
+        if self.refused:
+            console.print(self._refusal_table(), markup=False)
+        for note in self.notes:
+            console.print(f"note: {note}", markup=False, highlight=False)
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue().rstrip()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain values, for JSON."""
+        sites = [{**vars(site), "dtype": str(site.dtype)} for site in self.sites]
+        return {
+            "model": self.model,
+            "sites": sites,
+            "trunks": [vars(trunk) for trunk in self.trunks],
+            "refused": [vars(refusal) for refusal in self.refused],
+            "notes": self.notes,
+        }
+
+    def _site_table(self) -> Table:
+        table = Table(box=None, pad_edge=False)
+        for header, ratio in (("trunk", 0), ("site", 4), ("sum", 2), ("source line", 5)):
+            table.add_column(header, ratio=ratio or None, overflow="fold")
+        for site in self.sites:
+            table.add_row(str(site.trunk), site.name, _tensor(site.shape, site.dtype, site.axis), site.line)
+        return table
+
+    def _refusal_table(self) -> Table:
+        table = Table(box=None, pad_edge=False)
+        table.add_column("refused", justify="right")
+        table.add_column("source line", ratio=4, overflow="fold")
+        table.add_column("reason", ratio=5, overflow="fold")
+        for (line, reason), count in Counter((one.line, one.reason) for one in self.refused).items():
+            table.add_row(f"{count} x", line, reason)
+        return table
+
+
+def explain(model: nn.Module, inputs: Any = None) -> Explanation:
+    """Trunks, sites and refusals of a model, converted or not, as captured for `inputs`.
+
+    inputs: what the model's forward takes (a tensor, a tuple, or a dict of names); derived for Hugging Face models
+    when omitted. The model is traced, not run, and not changed. Raises CaptureError when it is not one graph.
+    """
+    args, kwargs = as_call(derive(model) if inputs is None else inputs)
+    tied = is_converted(model) and conversion(model).config.tie_shared
+    analysis = analyze(just_in_time(plain_forward(model), model, args, kwargs).graph, tie_shared=tied)
+    return explanation(type(model).__name__, analysis)
+
+
+def explanation(name: str, analysis: Analysis) -> Explanation:
+    """The printable form of an analysed graph."""
+    sites = []
+    for site in analysis.sites:
+        value = site.merge.root.meta["val"]
+        shape = tuple(map(str, value.shape))
+        axis = analysis.trunks[site.trunk].axis[site.merge.root]
+        sites.append(
+            ExplainedSite(site.name, site.module, site.line, shape, value.dtype, axis, site.features, site.trunk)
+        )
+    trunks = [
+        ExplainedTrunk(number, len(trunk.sites), trunk.sites[0].features, _made_at(trunk.entry))
+        for number, trunk in enumerate(analysis.trunks)
+    ]
+    refused = [
+        ExplainedRefusal(
+            module_path(one.node), source_line(one.node), tuple(map(str, one.node.meta["val"].shape)), one.reason
+        )
+        for one in analysis.refused
+    ]
+    notes = sorted(set(analysis.notes))
+    if analysis.foreign is not None:
+        notes.append(f'this model is mHC already (at {analysis.foreign}); torch.compile(model, backend="mhc") keeps it')
+    return Explanation(name, sites, trunks, refused, notes)
+
+
+def _made_at(node: Any) -> str:
+    return "an input" if node.op == "placeholder" else source_line(node) or node.name
+
+
+def _tensor(shape: tuple[str, ...], dtype: torch.dtype, axis: int) -> str:
+    sizes = ", ".join(f"C={size}" if place == axis else size for place, size in enumerate(shape))
+    return f"[{sizes}] {str(dtype).removeprefix('torch.')}"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -1,0 +1,96 @@
+"""The rewritten graph of a converted model as a module of its own: to run, inspect and export."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+
+from mhc_compile.config import MHCConfig
+from mhc_compile.convert import _STATE, _TREE, conversion, plain_forward
+from mhc_compile.errors import CaptureError
+from mhc_compile.example_inputs import as_call, derive
+from mhc_compile.passes.bind import bind_parameters
+from mhc_compile.passes.capture import Captured, ahead_of_time, graph_input, just_in_time
+from mhc_compile.passes.rewrite import Analysis, analyze, keep_sites, rewrite
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A converted model's graph after all passes, with the flat arguments of one call."""
+
+    graph: fx.GraphModule
+    arguments: tuple[Any, ...]
+    analysis: Analysis
+
+
+def rewritten(model: nn.Module, inputs: Any = None) -> Rewritten:
+    """Capture a converted model just in time for `inputs` and rewrite it with the parameters it has now."""
+    args, kwargs = as_call(derive(model) if inputs is None else inputs)
+    return _rewrite(model, just_in_time(plain_forward(model), model, args, kwargs))
+
+
+def _rewrite(model: nn.Module, captured: Captured) -> Rewritten:
+    state = conversion(model)
+    config: MHCConfig = state.config
+    analysis = analyze(captured.graph, tie_shared=config.tie_shared)
+    if config.n == 1:
+        return Rewritten(captured.graph, captured.arguments, analysis)
+    keep_sites(analysis, [site.name for site in state.sites])
+    look_up, names = bind_parameters(captured.graph, analysis.sites, config.n)
+    rewrite(analysis, config, look_up)
+    parameters = tuple(model.get_parameter(f"{_TREE}.{name}") for name in names)
+    return Rewritten(captured.graph, (*captured.arguments, *parameters), analysis)
+
+
+class TracedModel(nn.Module):
+    """A rewritten graph with the parameters and buffers that it reads, callable like the model it came from.
+
+    It shares them with the model. `torch.export.export` takes it.
+    """
+
+    def __init__(self, graph: fx.GraphModule, arguments: tuple[Any, ...], out_spec: pytree.TreeSpec) -> None:
+        super().__init__()
+        self.graph_module = graph
+        self._out_spec = out_spec
+        self._slots: list[str | None] = []  # the attribute behind each graph input; None for a user input
+        for node, value in zip(graph.graph.find_nodes(op="placeholder"), arguments, strict=True):
+            record = graph_input(node)
+            if not isinstance(value, torch.Tensor) or record is None or record.kind == "input" and not record.path:
+                self._slots.append(None)
+                continue
+            name = record.path.replace(".", "/")
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+            else:
+                self.register_buffer(name, value)
+            self._slots.append(name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward, after the rewrite; arguments as in the traced call."""
+        values = iter(pytree.tree_leaves((args, kwargs)))
+        flat = [next(values) if slot is None else getattr(self, slot) for slot in self._slots]
+        return pytree.tree_unflatten(list(self.graph_module(*flat)), self._out_spec)
+
+
+def trace(model: nn.Module, inputs: Any = None, *, dynamic_shapes: Any = None) -> TracedModel:
+    """The converted model as one rewritten graph, through torch.export: the door for exporting and planning.
+
+    inputs, dynamic_shapes: as for `mhc_compile` and `torch.export.export`. Raises CaptureError when torch.export
+    refuses the model, RewriteError when the model is not converted.
+    """
+    state = conversion(model)
+    args, kwargs = as_call(derive(model) if inputs is None else inputs)
+    plain = copy.copy(model)
+    plain.__dict__["_modules"] = {name: child for name, child in model._modules.items() if name != _TREE}
+    del plain.__dict__[_STATE]
+    plain.__class__ = state.original
+    captured, out_spec = ahead_of_time(plain, args, kwargs, dynamic_shapes)
+    if out_spec is None:
+        raise CaptureError(f"torch.export gives no output structure for {state.original.__name__}")
+    result = _rewrite(model, captured)
+    return TracedModel(result.graph, result.arguments, out_spec)
