@@ -3,7 +3,11 @@
 from mhc_compile.config import MHCConfig
 from mhc_compile.convert import history, mhc_compile, param_groups, restore
 from mhc_compile.errors import CaptureError, ConfigError, ExportError, MHCError, PartitionError, RewriteError, ShapeError
+from mhc_compile.explain import explain
 from mhc_compile.hyper_connection import HyperConnection
+from mhc_compile.monitor import composite_gains, gain, observe
+from mhc_compile.trace import trace
+from mhc_compile.verify import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,8 +20,14 @@ __all__ = [
     "PartitionError",
     "RewriteError",
     "ShapeError",
+    "composite_gains",
+    "explain",
+    "gain",
     "history",
     "mhc_compile",
+    "observe",
     "param_groups",
     "restore",
+    "trace",
+    "verify",
 ]

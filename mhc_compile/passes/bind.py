@@ -43,7 +43,7 @@ def _placeholder(
     first = next(iter(gm.graph.nodes))
     with gm.graph.inserting_after(after) if after is not None else gm.graph.inserting_before(first):
         node = gm.graph.placeholder("mhc_" + name.replace(".", "_"))
-    node.meta["val"] = like if fake_mode is None else fake_mode.from_tensor(like)
+    node.meta["val"] = like if fake_mode is None else fake_mode.from_tensor(like, static_shapes=True)
     node.meta["mhc_input"] = GraphInput("parameter", f"mhc.{name}")
     return node
 

@@ -188,7 +188,7 @@ class _Widening:
                     made.meta["mhc_site"] = site.name
                 u = from_tokens(self.emit, u, state.axis, of=base)
             self.mixing[site], self.along[site], self.plain[site] = (post, res), state, u
-            for reader in site.readers:
+            for reader in sorted(site.readers):
                 if self.flow.index[reader] >= self.flow.index[place] and (reader, base) not in self.carried:
                     reader.replace_input_with(base, u)
 

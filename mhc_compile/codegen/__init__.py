@@ -1,0 +1,1 @@
+"""What a rewritten model is written out as."""

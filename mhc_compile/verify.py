@@ -1,0 +1,341 @@
+"""Check a converted model against what its conversion promises; each promise passes or fails with a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from mhc_compile.convert import conversion, plain_forward
+from mhc_compile.errors import CaptureError, MHCError
+from mhc_compile.example_inputs import as_call, derive
+from mhc_compile.hyper_connection import HyperConnection
+from mhc_compile.kernels import reference
+from mhc_compile.passes.bind import bind_parameters
+from mhc_compile.passes.capture import Captured, just_in_time
+from mhc_compile.passes.emit import Emitter, copy_graph
+from mhc_compile.passes.expand import expand
+from mhc_compile.passes.op_kinds import aten
+from mhc_compile.passes.rewrite import Analysis, analyze
+from mhc_compile.trace import rewritten, trace
+
+mhc = torch.ops.mhc
+_BACK_IN_PLACE = (aten.permute.default, aten.clone.default)  # what brings a read back to the axes it had
+
+# Relative to the largest value of the tensor that is compared; coefficients are fp32 whatever the model's dtype.
+OUTPUT_LIMIT = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+GRADIENT_LIMIT = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+# A gradient is compared at its own scale, or at this part of the model's largest one if that is more: some are
+# zero by symmetry (a key's bias behind a softmax) and hold only rounding.
+GRADIENT_FLOOR = 1e-2
+
+
+@dataclass(frozen=True)
+class Check:
+    """One promise: its name, `pass`, `fail` or `not run`, and the figure or the reason."""
+
+    name: str
+    status: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All checks of one call to `verify`; true when none failed."""
+
+    model: str
+    checks: list[Check]
+
+    @property
+    def passed(self) -> bool:
+        """No check failed."""
+        return all(check.status != "fail" for check in self.checks)
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {'verified' if self.passed else 'FAILED'}"]
+        wide = max(len(check.name) for check in self.checks)
+        return "\n".join([*lines, *(f"  {one.status:7}  {one.name:{wide}}  {one.detail}" for one in self.checks)])
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain values, for JSON."""
+        return {"model": self.model, "passed": self.passed, "checks": [vars(check) for check in self.checks]}
+
+
+def verify(model: nn.Module, inputs: Any = None) -> Report:
+    """Check a converted model on `inputs` (as for `mhc_compile`), in the mode it is in.
+
+    - the plain add at n = 1, bit for bit, outputs and gradients, through the whole machinery;
+    - at step 0 (init `identity`, whatever weights the model has now) outputs and all gradients of its own parameters
+      equal the plain model's;
+    - every mHC op equals the fp64 oracle on this model's states and weights;
+    - the compiled forward equals the rewritten graph run op by op;
+    - torch.export gives the same graph.
+
+    The model's weights, buffers, gradients and the random state are left as they were. Raises RewriteError when the
+    model is not converted and CaptureError when it is not one graph.
+    """
+    state = conversion(model)
+    args, kwargs = as_call(derive(model) if inputs is None else inputs)
+    captured = just_in_time(plain_forward(model), model, args, kwargs)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    checks: list[Check] = []
+    try:
+        with torch.random.fork_rng(devices=[]):
+            checks += _at_one_stream(captured)
+            if state.config.n > 1:
+                checks += _at_step_zero(captured, state.config.n, state.config.tie_shared)
+                checks += _with_its_weights(model, args, kwargs)
+            checks.append(_other_door(model, args, kwargs))
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+    return Report(type(model).__name__, checks)
+
+
+# ---------------------------------------------------------------------------------------------- checks
+
+
+def _at_one_stream(captured: Captured) -> list[Check]:
+    """The n = 1 machinery with pre and post at 1 and random res logits, against the plain graph."""
+    graph = copy_graph(captured.graph)
+    analysis = analyze(graph)
+    plain = copy_graph(graph)
+    added = _widen(analysis, 1, lambda like, site: torch.randn_like(like))
+    _force_ones(graph)
+    _split_reads(graph)
+    own = _run(plain, captured.arguments)
+    ours = _run(graph, (*captured.arguments, *added))
+    worst = max((_difference(a, b) for a, b in zip(own.outputs, ours.outputs, strict=True)), default=0.0)
+    same = all(torch.equal(a, b) for a, b in zip(own.outputs, ours.outputs, strict=True))
+    gradients = _gradient_difference(own, ours)
+    equal = all(_equal(a, b) for a, b in zip(own.gradients, ours.gradients, strict=True))
+    # autograd may still sum a value's gradients in another order than in the plain graph
+    close = gradients <= GRADIENT_LIMIT[own.dtype] / 10
+    detail = "bitwise" if equal else f"largest difference {gradients:.1e} (sums of gradients in another order)"
+    return [
+        _check("n = 1: outputs", same, "bitwise" if same else f"largest difference {worst:.1e}"),
+        _check("n = 1: gradients", equal or close, detail),
+    ]
+
+
+def _at_step_zero(captured: Captured, n: int, tie_shared: bool) -> list[Check]:
+    graph = copy_graph(captured.graph)
+    analysis = analyze(graph, tie_shared=tie_shared)
+    modules: dict[str, HyperConnection] = {}
+    for site in analysis.sites:
+        modules.setdefault(site.name, HyperConnection(n, site.features, stream=site.index))
+
+    def value(like: Tensor, name: str) -> Tensor:
+        site, part = name.rsplit(".", 1)
+        return getattr(modules[site], part).detach().to(like)
+
+    added = _widen(analysis, n, value)
+    own = _run(captured.graph, captured.arguments)
+    ours = _run(graph, (*captured.arguments, *added))
+    limit = OUTPUT_LIMIT[own.dtype]
+    worst = max((_difference(a, b) for a, b in zip(own.outputs, ours.outputs, strict=True)), default=0.0)
+    gradients = _gradient_difference(own, ours)
+    bound = GRADIENT_LIMIT[own.dtype]
+    return [
+        _check(f"n = {n}, step 0: outputs", worst <= limit, f"{worst:.1e} of scale (limit {limit:.0e})"),
+        _check(f"n = {n}, step 0: gradients", gradients <= bound, f"{gradients:.1e} of scale (limit {bound:.0e})"),
+    ]
+
+
+def _with_its_weights(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Check]:
+    result = rewritten(model, kwargs if kwargs and not args else args)
+    oracle = _OracleRun(result.graph)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        expected = _floats(oracle.run(*_copies(result.arguments)))
+        torch.manual_seed(0)
+        found = _floats(model(*args, **kwargs))
+    limit = OUTPUT_LIMIT[expected[0].dtype]
+    ops = max(oracle.worst.values(), default=0.0)
+    detail = ", ".join(f"{op} {error:.0e}" for op, error in sorted(oracle.worst.items()))
+    checks = [_check("ops = fp64 oracle", ops <= limit, f"{detail} (limit {limit:.0e})")]
+    name = f"compiled ({conversion(model).config.backend}) = op by op"
+    if conversion(model).config.backend == "inductor" and _draws_random_numbers(result.graph):
+        return [*checks, Check(name, "not run", "inductor draws other dropout masks; call model.eval() first")]
+    worst = max((_difference(a, b) for a, b in zip(expected, found, strict=True)), default=0.0)
+    return [*checks, _check(name, worst <= 10 * limit, f"{worst:.1e} of scale (limit {10 * limit:.0e})")]
+
+
+def _other_door(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Check:
+    name = "torch.export: same sites"
+    try:
+        trace(model, kwargs if kwargs and not args else args)
+    except CaptureError as error:
+        return Check(name, "not run", str(error).splitlines()[0])
+    except MHCError as error:
+        return Check(name, "fail", str(error).splitlines()[0])
+    return Check(name, "pass", f"{len(conversion(model).sites)} sites")
+
+
+def _check(name: str, passed: bool, detail: str) -> Check:
+    return Check(name, "pass" if passed else "fail", detail)
+
+
+# ---------------------------------------------------------------------------------------------- running graphs
+
+
+@dataclass(frozen=True)
+class _Result:
+    outputs: list[Tensor]
+    gradients: list[Tensor | None]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return min((one.dtype for one in self.outputs), key=lambda dtype: dtype.itemsize)
+
+
+def _run(graph: fx.GraphModule, arguments: Sequence[Any]) -> _Result:
+    """Outputs, and gradients of a fixed random combination of them by every parameter of the model's own."""
+    inputs = [_leaf(value) for value in arguments]
+    torch.manual_seed(0)
+    with torch.enable_grad():
+        outputs = _floats(graph(*inputs))
+    weights = torch.Generator().manual_seed(1)
+    differentiable = [one for one in outputs if one.requires_grad]
+    if not differentiable:
+        return _Result(outputs, [])
+    loss = sum((one.double() * torch.randn(one.shape, generator=weights).to(one.device)).sum() for one in differentiable)
+    own = [one for one, given in zip(inputs, arguments, strict=True) if _is_own(given)]
+    return _Result([one.detach() for one in outputs], list(torch.autograd.grad(loss, own, allow_unused=True)))  # type: ignore[arg-type]
+
+
+def _leaf(value: Any) -> Any:
+    if isinstance(value, nn.Parameter):
+        return value.detach().requires_grad_(value.requires_grad)
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _is_own(value: Any) -> bool:
+    return isinstance(value, nn.Parameter) and value.requires_grad
+
+
+def _copies(arguments: Sequence[Any]) -> list[Any]:
+    return [value.detach().clone() if isinstance(value, Tensor) else value for value in arguments]
+
+
+def _floats(output: Any) -> list[Tensor]:
+    return [one for one in pytree.tree_leaves(output) if isinstance(one, Tensor) and one.is_floating_point() and one.numel()]
+
+
+def _widen(analysis: Analysis, n: int, value: Callable[[Tensor, str], Tensor]) -> list[Tensor]:
+    """Rewrite an analysed graph to n streams; gives the values of the inputs that this adds."""
+    look_up, names = bind_parameters(analysis.graph, analysis.sites, n)
+    nodes = list(analysis.graph.graph.find_nodes(op="placeholder"))[-len(names) :] if names else []
+    expand(analysis.graph, analysis.trunks, analysis.flow, look_up, n=n, iterations=20, eps=1e-6)
+    empty = [torch.empty(node.meta["val"].shape, dtype=node.meta["val"].dtype, device=node.meta["val"].device) for node in nodes]
+    return [value(like, name) for like, name in zip(empty, names, strict=True)]
+
+
+def _force_ones(graph: fx.GraphModule) -> None:
+    emitter = Emitter(graph.graph)
+    for read in graph.graph.find_nodes(op="call_function", target=mhc.coefficients.default):
+        for part in list(read.users):
+            if part.args[1] in (0, 1):
+                with graph.graph.inserting_after(part):
+                    ones = emitter.call(aten.ones_like.default, part, like=part)
+                part.replace_all_uses_with(ones, delete_user_cb=lambda user, ones=ones: user is not ones)
+    graph.recompile()
+
+
+def _split_reads(graph: fx.GraphModule) -> None:
+    """Give every reader of an aggregate or readout one of its own.
+
+    Autograd then sums the gradients of a trunk value one by one, as it does where the readers read the value itself.
+    """
+    for target in (mhc.aggregate.default, mhc.readout.default):
+        for first in graph.graph.find_nodes(op="call_function", target=target):
+            chain = [first]
+            while len(chain[-1].users) == 1 and next(iter(chain[-1].users)).target in _BACK_IN_PLACE:
+                chain.append(next(iter(chain[-1].users)))
+            for reader in sorted(chain[-1].users)[1:]:
+                source: fx.Node | None = None
+                for node in chain:
+                    with graph.graph.inserting_before(reader):
+                        copy = graph.graph.node_copy(node)
+                    if source is not None:
+                        copy.replace_input_with(node.args[0], source)  # type: ignore[arg-type]
+                    source = copy
+                assert source is not None
+                reader.replace_input_with(chain[-1], source)
+    graph.recompile()
+
+
+def _draws_random_numbers(graph: fx.GraphModule) -> bool:
+    return any(
+        isinstance(node.target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in node.target.tags
+        and not (node.target is aten.dropout.default and node.args[2] is False)
+        and not (node.target is aten.scaled_dot_product_attention.default and (node.args[4:5] or (0.0,))[0] == 0.0)
+        for node in graph.graph.nodes
+    )
+
+
+class _OracleRun(fx.Interpreter):
+    """Runs a rewritten graph and compares each mHC op with the fp64 oracle on the values it meets."""
+
+    ORACLE = {  # noqa: RUF012
+        mhc.coefficients.default: reference.coefficients,
+        mhc.sinkhorn.default: reference.sinkhorn,
+        mhc.aggregate.default: reference.aggregate,
+        mhc.merge.default: reference.merge,
+        mhc.expand.default: reference.expand,
+        mhc.readout.default: reference.readout,
+    }
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.worst: dict[str, float] = {}
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = super().call_function(target, args, kwargs)
+        oracle: Any = self.ORACLE.get(target)
+        if oracle is not None:
+            exact = oracle(*(one.double() if isinstance(one, Tensor) else one for one in args))
+            name = target._opname
+            for a, b in zip(pytree.tree_leaves(exact), pytree.tree_leaves(result), strict=True):
+                self.worst[name] = max(self.worst.get(name, 0.0), _difference(a, b))
+        return result
+
+
+# ---------------------------------------------------------------------------------------------- comparing
+
+
+def _difference(expected: Tensor, found: Tensor) -> float:
+    """Largest difference, as a part of the largest expected value. Infinities and nans must stand alike."""
+    a, b = expected.detach().double(), found.detach().double()
+    finite = torch.isfinite(a)
+    if a.shape != b.shape or not torch.equal(finite, torch.isfinite(b)):
+        return float("inf")
+    a, b = a[finite], b[finite]
+    if not a.numel():
+        return 0.0
+    return float((a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _gradient_difference(own: _Result, ours: _Result) -> float:
+    largest = max((float(one.abs().max()) for one in own.gradients if one is not None and one.numel()), default=0.0)
+    worst = 0.0
+    for a, b in zip(own.gradients, ours.gradients, strict=True):
+        if (a is None) != (b is None):
+            return float("inf")
+        if a is not None and b is not None and a.numel():
+            scale = max(float(a.abs().max()), GRADIENT_FLOOR * largest)
+            worst = max(worst, float((a.double() - b.double()).abs().max()) / scale if scale else 0.0)
+    return worst
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
