@@ -2,7 +2,15 @@
 
 from mhc_compile.config import MHCConfig
 from mhc_compile.convert import history, mhc_compile, param_groups, restore
-from mhc_compile.errors import CaptureError, ConfigError, ExportError, MHCError, PartitionError, RewriteError, ShapeError
+from mhc_compile.errors import (
+    CaptureError,
+    ConfigError,
+    ExportError,
+    MHCError,
+    PartitionError,
+    RewriteError,
+    ShapeError,
+)
 from mhc_compile.explain import explain
 from mhc_compile.hyper_connection import HyperConnection
 from mhc_compile.monitor import composite_gains, gain, observe

@@ -6,6 +6,7 @@ Tried with torch 2.11 and 2.13. A name that moves in a later release fails here,
 from __future__ import annotations
 
 import itertools
+import logging
 import types
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -16,9 +17,14 @@ from torch import fx
 
 try:
     import torch._dynamo
-    from torch._dynamo.eval_frame import skip_code
     from torch._dynamo.backends.registry import lookup_backend
-    from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException, Unsupported
+    from torch._dynamo.eval_frame import skip_code
+    from torch._dynamo.exc import (
+        BackendCompilerFailed,
+        FailOnRecompileLimitHit,
+        TorchDynamoException,
+        Unsupported,
+    )
     from torch._dynamo.exc import UserError as DynamoUserError
     from torch._functorch.predispatch import _remove_batch_dim as vmap_unwrap
     from torch._functorch.predispatch import _vmap_decrement_nesting as vmap_exit
@@ -41,12 +47,12 @@ __all__ = [
     "FakeTensorMode",
     "TorchDynamoException",
     "Unsupported",
+    "compile_settings",
     "dynamo_source_name",
     "fake_mode_of",
     "fresh_function",
     "lookup_backend",
     "make_fx",
-    "many_recompiles",
     "outside_dynamo",
     "record_opaque",
     "size_hint",
@@ -113,30 +119,47 @@ def outside_dynamo(function: _Function, reason: str) -> _Function:
     """
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     function._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
-    skip_code(function.__code__)  # type: ignore[attr-defined]
+    skip_code(function.__code__)
     return function
 
 
-def many_recompiles() -> Any:
-    """A context in which one forward may be compiled for many modes (train, eval, autocast, dtypes, shapes).
+def compile_settings() -> Any:
+    """A context for tracing and running a compiled forward.
 
-    Dynamo's default of 8 variants is met by ordinary use; beyond it a `fullgraph` function stops with an error.
+    One forward may be compiled for many modes (train, eval, autocast, dtypes, shapes): Dynamo's default of 8 variants
+    is met by ordinary use, and beyond it a `fullgraph` function stops with an error. Log messages inside the forward
+    (transformers warns from within) are left out instead of breaking the graph.
     """
-    return torch._dynamo.config.patch(recompile_limit=64)
+    return torch._dynamo.config.patch({"recompile_limit": 64, _IGNORED_LOGGING: _logging_functions()})
 
 
-skip_code(many_recompiles.__code__)
+def _logging_functions() -> set[Any]:
+    """The methods of Logger that log, those that libraries add to it (`warning_once`) included."""
+    verbs = ("debug", "info", "warn", "error", "critical", "exception", "log")
+    return {method for name, method in vars(logging.Logger).items() if name.startswith(verbs) and callable(method)}
+
+
+_IGNORED_LOGGING = (  # renamed after torch 2.11
+    "ignore_logging_functions" if hasattr(torch._dynamo.config, "ignore_logging_functions") else "ignore_logger_methods"
+)
+for _helper in (compile_settings, _logging_functions):
+    skip_code(_helper.__code__)
 
 
 def record_opaque(
-    target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, *, kind: str = "call_function", hidden: bool = False
+    target: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    result: Any,
+    *,
+    kind: str = "call_function",
+    hidden: bool = False,
 ) -> Any:
     """Under `make_fx`: put one call into the graph as it is, without running it, and give `result` (fake) for it.
 
     With `hidden`, `result` only stands for a value that has no fake form; the node records none.
     """
-    mode = get_proxy_mode()
-    assert mode is not None
+    mode: Any = get_proxy_mode()
     for body in [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.nn.Module)]:
         mode.tracer.root.register_module(f"{target.__name__}_body_{next(_counter)}", body)
     proxy_args, proxy_kwargs = pytree.tree_map(mode.tracer.unwrap_proxy, (args, kwargs))

@@ -73,9 +73,7 @@ def _drop_anchor(graph: fx.GraphModule, anchor: fx.Node) -> None:
     """Put an empty tensor in the anchor's place."""
     value = anchor.meta["val"]
     with graph.graph.inserting_before(anchor):
-        token = Emitter(graph.graph).call(
-            aten.zeros.default, [0], dtype=value.dtype, device=value.device, like=anchor
-        )
+        token = Emitter(graph.graph).call(aten.zeros.default, [0], dtype=value.dtype, device=value.device, like=anchor)
     anchor.replace_all_uses_with(token)
     graph.graph.erase_node(anchor)
     graph.recompile()
@@ -99,10 +97,11 @@ def mhc(gm: fx.GraphModule, example_inputs: list[Any], *, options: Any = None, m
             )
         else:
             warnings.warn(
-                f"backend=\"mhc\" recognises the mHC at {where} but has no fused form for it yet; inductor compiles it",
+                f'backend="mhc" recognises the mHC at {where} but has no fused form for it yet; inductor compiles it',
                 stacklevel=2,
             )
-    return torch._inductor.compile(gm, example_inputs, options=options) if options else _torch.lookup_backend("inductor")(gm, example_inputs)
-
-
-
+    return (
+        torch._inductor.compile(gm, example_inputs, options=options)
+        if options
+        else _torch.lookup_backend("inductor")(gm, example_inputs)
+    )

@@ -19,9 +19,9 @@ from mhc_compile.example_inputs import as_call, derive
 from mhc_compile.hyper_connection import HyperConnection
 from mhc_compile.passes.capture import DYNAMO_ERRORS, just_in_time, translated
 from mhc_compile.passes.history import PassRecord
+from mhc_compile.passes.provenance import source_line
 from mhc_compile.passes.residuals import Refusal
 from mhc_compile.passes.rewrite import Analysis, analyze
-from mhc_compile.passes.provenance import source_line
 from mhc_compile.passes.trunks import Site
 
 _STATE = "_mhc_conversion"
@@ -65,7 +65,7 @@ class Conversion:
         if self._compiled is None:
             self._compiled = self._compile(model)
         try:
-            with _torch.many_recompiles():
+            with _torch.compile_settings():
                 _, output = self._compiled(model, *args, **kwargs)
         except DYNAMO_ERRORS as error:
             raise translated(error, model) from error
@@ -145,11 +145,11 @@ def _config(n: int | None, config: MHCConfig | None, options: dict[str, Any]) ->
         if n is not None or options:
             raise ConfigError(wrong("config", "given beside other options", "config alone, or n and options"))
         return config
-    known = asdict(MHCConfig())
+    known: dict[str, Any] = asdict(MHCConfig())
     for name in options:
         if name not in known:
             raise ConfigError(wrong("option", repr(name), "one of " + ", ".join(known)))
-    return MHCConfig(**({} if n is None else {"n": n}), **options)
+    return MHCConfig(**(options if n is None else {"n": n, **options}))
 
 
 def _convertible(model: object) -> None:
@@ -166,7 +166,7 @@ def refuse_unfit(model: nn.Module, analysis: Analysis) -> None:
     name = type(model).__name__
     if analysis.foreign is not None:
         raise RewriteError(
-            f"{name} is mHC already; torch.compile(model, backend=\"mhc\") makes it fast and keeps its function",
+            f'{name} is mHC already; torch.compile(model, backend="mhc") makes it fast and keeps its function',
             line=analysis.foreign,
         )
     if not analysis.sites:
@@ -219,10 +219,10 @@ def _attach(model: nn.Module, config: MHCConfig, sites: list[SiteRecord]) -> Non
     tree.train(model.training)
     model.add_module(_TREE, tree)
     model.__dict__[_STATE] = Conversion(original, config, sites)
-    model.__class__ = _subclass(original)
+    model.__class__ = _subclass(original)  # type: ignore[arg-type]  # mypy takes the class for its instance
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _subclass(original: type[nn.Module]) -> type[nn.Module]:
     """The original class with a forward that runs rewritten; its name stays, as frameworks look classes up by it."""
 

@@ -45,7 +45,12 @@ def derive(model: nn.Module) -> dict[str, Any]:
             )
         )
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    makers = {"input_ids": _ids, "pixel_values": _pixels, "input_features": _features, "input_values": _waveform}
+    makers = {
+        "input_ids": _ids,
+        "pixel_values": _pixels,
+        "input_features": _features,
+        "input_values": _waveform,
+    }
     if name not in makers:
         raise ConfigError(wrong("the model's main input", repr(name), ", ".join(makers), "pass example_inputs=..."))
     inputs = {name: makers[name](config).to(device)}

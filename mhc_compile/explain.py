@@ -74,7 +74,9 @@ class Explanation:
         counts = f"{len(self.sites)} sites on {_plural(len(self.trunks), 'trunk')}, {len(self.refused)} adds refused"
         console.print(f"{self.model}: {counts}", markup=False, highlight=False)
         for trunk in self.trunks:
-            text = f"trunk {trunk.number}: {_plural(trunk.sites, 'site')}, C = {trunk.features}, starts at {trunk.entry}"
+            text = (
+                f"trunk {trunk.number}: {_plural(trunk.sites, 'site')}, C = {trunk.features}, starts at {trunk.entry}"
+            )
             console.print(text, markup=False, highlight=False)
         if self.sites:
             console.print(self._site_table(), markup=False)
@@ -142,7 +144,10 @@ def explanation(name: str, analysis: Analysis) -> Explanation:
     ]
     refused = [
         ExplainedRefusal(
-            module_path(one.node), source_line(one.node), tuple(map(str, one.node.meta["val"].shape)), one.reason
+            module_path(one.node),
+            source_line(one.node),
+            tuple(map(str, one.node.meta["val"].shape)),
+            one.reason,
         )
         for one in analysis.refused
     ]

@@ -60,7 +60,7 @@ class TracedModel(nn.Module):
         self._slots: list[str | None] = []  # the attribute behind each graph input; None for a user input
         for node, value in zip(graph.graph.find_nodes(op="placeholder"), arguments, strict=True):
             record = graph_input(node)
-            if not isinstance(value, torch.Tensor) or record is None or record.kind == "input" and not record.path:
+            if not isinstance(value, torch.Tensor) or record is None or (record.kind == "input" and not record.path):
                 self._slots.append(None)
                 continue
             name = record.path.replace(".", "/")

@@ -135,7 +135,8 @@ def _at_step_zero(captured: Captured, n: int, tie_shared: bool) -> list[Check]:
 
     def value(like: Tensor, name: str) -> Tensor:
         site, part = name.rsplit(".", 1)
-        return getattr(modules[site], part).detach().to(like)
+        parameter: Tensor = getattr(modules[site], part)
+        return parameter.detach().to(like)
 
     added = _widen(analysis, n, value)
     own = _run(captured.graph, captured.arguments)
@@ -164,7 +165,10 @@ def _with_its_weights(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     checks = [_check("ops = fp64 oracle", ops <= limit, f"{detail} (limit {limit:.0e})")]
     name = f"compiled ({conversion(model).config.backend}) = op by op"
     if conversion(model).config.backend == "inductor" and _draws_random_numbers(result.graph):
-        return [*checks, Check(name, "not run", "inductor draws other dropout masks; call model.eval() first")]
+        return [
+            *checks,
+            Check(name, "not run", "inductor draws other dropout masks; call model.eval() first"),
+        ]
     worst = max((_difference(a, b) for a, b in zip(expected, found, strict=True)), default=0.0)
     return [*checks, _check(name, worst <= 10 * limit, f"{worst:.1e} of scale (limit {10 * limit:.0e})")]
 
@@ -207,7 +211,9 @@ def _run(graph: fx.GraphModule, arguments: Sequence[Any]) -> _Result:
     differentiable = [one for one in outputs if one.requires_grad]
     if not differentiable:
         return _Result(outputs, [])
-    loss = sum((one.double() * torch.randn(one.shape, generator=weights).to(one.device)).sum() for one in differentiable)
+    loss = sum(
+        (one.double() * torch.randn(one.shape, generator=weights).to(one.device)).sum() for one in differentiable
+    )
     own = [one for one, given in zip(inputs, arguments, strict=True) if _is_own(given)]
     return _Result([one.detach() for one in outputs], list(torch.autograd.grad(loss, own, allow_unused=True)))  # type: ignore[arg-type]
 
@@ -227,7 +233,9 @@ def _copies(arguments: Sequence[Any]) -> list[Any]:
 
 
 def _floats(output: Any) -> list[Tensor]:
-    return [one for one in pytree.tree_leaves(output) if isinstance(one, Tensor) and one.is_floating_point() and one.numel()]
+    return [
+        one for one in pytree.tree_leaves(output) if isinstance(one, Tensor) and one.is_floating_point() and one.numel()
+    ]
 
 
 def _widen(analysis: Analysis, n: int, value: Callable[[Tensor, str], Tensor]) -> list[Tensor]:
@@ -235,7 +243,10 @@ def _widen(analysis: Analysis, n: int, value: Callable[[Tensor, str], Tensor]) -
     look_up, names = bind_parameters(analysis.graph, analysis.sites, n)
     nodes = list(analysis.graph.graph.find_nodes(op="placeholder"))[-len(names) :] if names else []
     expand(analysis.graph, analysis.trunks, analysis.flow, look_up, n=n, iterations=20, eps=1e-6)
-    empty = [torch.empty(node.meta["val"].shape, dtype=node.meta["val"].dtype, device=node.meta["val"].device) for node in nodes]
+    empty = [
+        torch.empty(node.meta["val"].shape, dtype=node.meta["val"].dtype, device=node.meta["val"].device)
+        for node in nodes
+    ]
     return [value(like, name) for like, name in zip(empty, names, strict=True)]
 
 
@@ -266,7 +277,7 @@ def _split_reads(graph: fx.GraphModule) -> None:
                     with graph.graph.inserting_before(reader):
                         copy = graph.graph.node_copy(node)
                     if source is not None:
-                        copy.replace_input_with(node.args[0], source)  # type: ignore[arg-type]
+                        copy.replace_input_with(node.args[0], source)
                     source = copy
                 assert source is not None
                 reader.replace_input_with(chain[-1], source)

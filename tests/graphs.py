@@ -149,34 +149,59 @@ def force_pre_and_post_to_one(gm: fx.GraphModule) -> int:
     return replaced
 
 
-class _LastMerge(fx.Interpreter):
-    """Runs a rewritten graph and keeps the streams behind its last site."""
+def split_reads(gm: fx.GraphModule) -> None:
+    """Give every reader of an aggregate or readout a copy of its own, made just before it.
 
-    streams: Tensor
+    Autograd then adds the gradients of a trunk value one by one, in the order of the plain graph, where the
+    readers read the value itself.
+    """
+    for target in (mhc.aggregate.default, mhc.readout.default):
+        for read in gm.graph.find_nodes(op="call_function", target=target):
+            brought_back = [read]  # and what brings a channels-first value back to its axes
+            while [user.target for user in brought_back[-1].users] in ([aten.permute.default], [aten.clone.default]):
+                brought_back.extend(brought_back[-1].users)
+            last = brought_back[-1]
+            for reader in list(last.users)[1:]:
+                copies: dict[fx.Node, fx.Node] = {}
+                for node in brought_back:
+                    with gm.graph.inserting_before(reader):
+                        copies[node] = gm.graph.node_copy(node, lambda one, made=copies: made.get(one, one))
+                reader.replace_input_with(last, copies[last])
+    gm.graph.lint()
+    gm.recompile()
+
+
+class _Merges(fx.Interpreter):
+    """Runs a rewritten graph and keeps the streams behind every site."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.streams: list[Tensor] = []
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = super().call_function(target, args, kwargs)
         if target is mhc.merge.default:
-            self.streams = result
+            self.streams.append(result)
         return result
 
 
-def last_streams(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """The streams [..., n, C] of a converted model behind its last site."""
+def divergence(model: nn.Module, inputs: Mapping[str, Any]) -> float:
+    """Mean pairwise cosine distance between a converted model's streams, behind the site where it is largest.
+
+    0 when all are equal. Not behind the last site of a trunk alone: the readout gives its streams equal gradients.
+    """
     made = rewritten(model, inputs)
-    runner = _LastMerge(made.graph)
+    runner = _Merges(made.graph)
     with torch.no_grad():
         runner.run(*made.arguments)
-    return runner.streams
+    return max(map(_cosine_distance, runner.streams))
 
 
-def divergence(streams: Tensor) -> float:
-    """Mean pairwise cosine distance between the streams of a token; 0 when all are equal."""
+def _cosine_distance(streams: Tensor) -> float:
     n = streams.shape[-2]
     unit = nn.functional.normalize(streams.double(), dim=-1)
-    cosines = unit @ unit.transpose(-1, -2)
-    off_diagonal = (cosines.sum((-1, -2)) - n) / (n * (n - 1))
-    return (1 - off_diagonal).mean().item()
+    cosines = (unit @ unit.transpose(-1, -2)).sum((-1, -2)) - n
+    return (1 - cosines / (n * (n - 1))).mean().item()
 
 
 # ------------------------------------------------------------------------------------------------ comparing

@@ -139,9 +139,7 @@ def _check_sinkhorn(logits: Tensor, iterations: int) -> None:
     if logits.dim() < 2 or logits.shape[-1] != logits.shape[-2] or logits.shape[-1] < 1:
         raise ShapeError(wrong("logits", _shape(logits), "[..., n, n] with n >= 1"))
     if logits.dtype not in (torch.float32, torch.float64):
-        raise ShapeError(
-            wrong("dtype of logits", logits.dtype, "float32, float64", "keep coefficients in float32")
-        )
+        raise ShapeError(wrong("dtype of logits", logits.dtype, "float32, float64", "keep coefficients in float32"))
     if iterations < 1:
         raise ConfigError(wrong("iterations", iterations, "an integer >= 1", "the paper uses 20"))
 
@@ -217,9 +215,7 @@ def _(x: Tensor, n: int) -> Tensor:
 
 def _check_expand(x: Tensor, n: int) -> None:
     if x.dim() < 1 or x.dtype not in STREAM_DTYPES:
-        raise ShapeError(
-            wrong("x", f"{_shape(x)} of {x.dtype}", "[..., C] of a floating dtype of 16 to 64 bits")
-        )
+        raise ShapeError(wrong("x", f"{_shape(x)} of {x.dtype}", "[..., C] of a floating dtype of 16 to 64 bits"))
     if n < 1:
         raise ShapeError(wrong("n", n, "an integer >= 1", "every published model has n=4"))
 

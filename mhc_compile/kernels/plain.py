@@ -265,9 +265,7 @@ def _batched_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b)
 
 
-def _mix(
-    weights: Tensor, x: Tensor, out: Tensor, gain: Tensor | None = None, extra: Tensor | None = None
-) -> None:
+def _mix(weights: Tensor, x: Tensor, out: Tensor, gain: Tensor | None = None, extra: Tensor | None = None) -> None:
     """``out = weights @ x + gain * extra``, a token at a time: [T, a, b] @ [T, b, C] + [T, a, 1] * [T, 1, C].
 
     A batched product on a CPU, where it is fastest.  Elementwise, hence exact for weights of 1, where a

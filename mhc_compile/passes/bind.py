@@ -38,7 +38,11 @@ def bind_parameters(gm: fx.GraphModule, sites: list[Site], n: int) -> tuple[Para
 
 
 def _placeholder(
-    gm: fx.GraphModule, name: str, like: torch.Tensor, fake_mode: _torch.FakeTensorMode | None, after: fx.Node | None
+    gm: fx.GraphModule,
+    name: str,
+    like: torch.Tensor,
+    fake_mode: _torch.FakeTensorMode | None,
+    after: fx.Node | None,
 ) -> fx.Node:
     first = next(iter(gm.graph.nodes))
     with gm.graph.inserting_after(after) if after is not None else gm.graph.inserting_before(first):

@@ -1,8 +1,8 @@
 """Bring the many spellings of a residual add to one: `aten.add.Tensor` of two tensors, out of place.
 
-In-place ops become their functional twins where nothing else sees the written storage; `sub`, `alpha=`,
-`addcmul`, `addcdiv`, `lerp`, `baddbmm` and a full-size `addmm` become a sum of what they add; casts that change
-nothing go, and `view` becomes `reshape`. The function stays; a fused multiply-add may round its last bit differently once it is two ops.
+In-place ops become their functional twins where nothing else sees the written storage; `sub`, `alpha=`, `addcmul`,
+`addcdiv`, `lerp`, `baddbmm` and a full-size `addmm` become a sum of what they add; casts that change nothing go, and
+`view` becomes `reshape`. The function stays; a fused multiply-add may round its last bit differently as two ops.
 """
 
 from __future__ import annotations
@@ -15,7 +15,17 @@ from torch import fx
 from mhc_compile import _torch
 from mhc_compile.passes.dataflow import Dataflow
 from mhc_compile.passes.emit import Emitter
-from mhc_compile.passes.op_kinds import CASTS, aten, is_float_tensor, is_mutating, packet, same_shape, tensor_of
+from mhc_compile.passes.op_kinds import (
+    CASTS,
+    argument,
+    aten,
+    is_float_tensor,
+    is_mutating,
+    packet,
+    same_shape,
+    schema_of,
+    tensor_of,
+)
 
 
 def canonicalize(gm: fx.GraphModule) -> list[str]:
@@ -70,22 +80,24 @@ def _functionalize(gm: fx.GraphModule) -> list[str]:
         if twin is None or _seen_elsewhere(node, sharing, flow):
             notes.append(f"{node.target} stays in place: another value shares the storage that it writes")
             continue
-        target = node.args[0]
+        target = tensor_of(node.args[0])
+        assert target is not None
         with gm.graph.inserting_before(node):
             result = emitter.call(twin, *node.args, like=node, **node.kwargs)
-            result = emitter.cast(result, tensor_of(target).dtype)
+            result = emitter.cast(result, target.dtype)
         _replace(gm.graph, node, result)
     return notes
 
 
 def _functional_twin(node: fx.Node) -> Any:
     """`aten.add.Tensor` for `aten.add_.Tensor`; None for what writes elsewhere than into its first argument."""
-    name, overload = node.target._schema.name.removeprefix("aten::"), node.target._overloadname
+    schema = schema_of(node)
+    name, overload = schema.name.removeprefix("aten::"), schema.overload_name or "default"
     if not name.endswith("_") or name.endswith("__") or not is_float_tensor(node.args[0]):
         return None
     twin = getattr(getattr(aten, name[:-1], None), overload, None)
     # an op whose result would not have the shape of what it writes (a broadcasting copy_) is no twin
-    return twin if name != "copy_" and same_shape(node, node.args[0]) else None
+    return twin if name != "copy_" and same_shape(node, argument(node, 0)) else None
 
 
 def _seen_elsewhere(node: fx.Node, sharing: dict[int, list[fx.Node]], flow: Dataflow) -> bool:
@@ -116,17 +128,17 @@ def _sum(emitter: Emitter, node: fx.Node, left: Any, right: Any, scale: Any = 1)
 
 
 def _add(emitter: Emitter, node: fx.Node) -> fx.Node | None:
-    alpha = node.kwargs.get("alpha", 1)
+    alpha: Any = node.kwargs.get("alpha", 1)
     return None if alpha == 1 else _sum(emitter, node, node.args[0], node.args[1], alpha)
 
 
 def _sub(emitter: Emitter, node: fx.Node) -> fx.Node | None:
-    alpha = node.kwargs.get("alpha", 1)
+    alpha: Any = node.kwargs.get("alpha", 1)
     return _sum(emitter, node, node.args[0], node.args[1], -alpha)
 
 
 def _rsub(emitter: Emitter, node: fx.Node) -> fx.Node | None:
-    alpha = node.kwargs.get("alpha", 1)
+    alpha: Any = node.kwargs.get("alpha", 1)
     return _sum(emitter, node, node.args[1], node.args[0], -alpha)
 
 
@@ -139,21 +151,19 @@ def _addc(inner: Any) -> Callable[[Emitter, fx.Node], fx.Node | None]:
 
 
 def _lerp(emitter: Emitter, node: fx.Node) -> fx.Node | None:
-    start, end, weight = node.args
-    if isinstance(weight, fx.Node):
-        rest = emitter.call(aten.rsub.Scalar, weight, 1, like=node)
-    else:
-        rest = 1 - weight
+    start, end, weight = (argument(node, place) for place in range(3))
+    rest: Any = emitter.call(aten.rsub.Scalar, weight, 1, like=node) if isinstance(weight, fx.Node) else 1 - weight
     left = emitter.call(aten.mul.Tensor, start, rest, like=node)
     return _sum(emitter, node, left, emitter.call(aten.mul.Tensor, end, weight, like=node))
 
 
 def _added_product(product: Any) -> Callable[[Emitter, fx.Node], fx.Node | None]:
     def spell(emitter: Emitter, node: fx.Node) -> fx.Node | None:
-        base, left, right = node.args[:3]
+        base, left, right = (argument(node, place) for place in range(3))
         if not same_shape(base, node):
             return None  # a bias: the op stays whole
-        beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+        beta: Any = node.kwargs.get("beta", 1)
+        alpha: Any = node.kwargs.get("alpha", 1)
         scaled = base if beta == 1 else emitter.call(aten.mul.Tensor, base, beta, like=node)
         return _sum(emitter, node, scaled, emitter.call(product, left, right, like=node), alpha)
 
@@ -171,4 +181,3 @@ _SPELLINGS: dict[Any, Callable[[Emitter, fx.Node], fx.Node | None]] = {
     aten.baddbmm.default: _added_product(aten.bmm.default),
     aten.addmm.default: _added_product(aten.mm.default),
 }
-

@@ -1,10 +1,11 @@
-"""Capture a model as one fx graph of functional pre-dispatch ATen ops, through either of two doors.
+"""Capture a model as one fx graph of pre-dispatch ATen ops, through either of two doors.
 
-Just in time, Dynamo hands a graph to a backend; ahead of time, `torch.export` gives an exported program. Both
-are run once more under `make_fx(pre_dispatch=True)`, which leaves one language: ATen ops above autograd and
-autocast (`linear`, `layer_norm`, `scaled_dot_product_attention` and `dropout` still whole), with the fake value
-(`val`), the module stack and the stack trace on each node. Activation checkpoints are looked into: their bodies
-stand in the graph, tagged for recomputation. Other higher-order ops (scans, branches) stay whole. Regions of grad mode and autocast stay as pairs of nodes.
+Just in time, Dynamo hands a graph to a backend; ahead of time, `torch.export` gives an exported program. Both are run
+once more under `make_fx(pre_dispatch=True)`, which leaves one language: ATen ops above autograd and autocast (`linear`,
+`layer_norm`, `scaled_dot_product_attention` and `dropout` still whole), with the fake value (`val`), the module stack
+and the stack trace on each node. Activation checkpoints are looked into: their bodies stand in the graph, tagged for
+recomputation. Other higher-order ops (scans, branches) stay whole. Regions of grad mode and autocast stay as pairs of
+nodes; in-place ops are the business of `canonicalize`.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def graph_input(node: fx.Node) -> GraphInput | None:
     return record if isinstance(record, GraphInput) else None
 
 
-class _Arguments(Exception):  # noqa: N818 - a signal, not an error
+class _Arguments(Exception):
     """Carries the flat arguments out of a compiled call, before anything runs."""
 
     def __init__(self, arguments: tuple[Any, ...]) -> None:
@@ -79,15 +80,13 @@ def just_in_time(
         return stop
 
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), _torch.compile_settings():
             torch.compile(_torch.fresh_function(function), backend=backend, fullgraph=True)(model, *args, **kwargs)
     except _Arguments as signal:
         return Captured(graphs[0], signal.arguments)
     except DYNAMO_ERRORS as error:
         raise translated(error, model) from error
-    raise CaptureError(
-        f"{type(model).__name__} ran no tensor op that could be captured; pass inputs that exercise it"
-    )
+    raise CaptureError(f"{type(model).__name__} ran no tensor op that could be captured; pass inputs that exercise it")
 
 
 def ahead_of_time(
@@ -189,7 +188,9 @@ class _Inliner(fx.Interpreter):
         if isinstance(result, torch.Tensor) and n.target is not _torch.vmap_unwrap:
             result = torch.empty(())  # stands for a batched tensor; nothing outside reads it
         with torch.fx.traceback.set_current_meta(n):
-            return _torch.record_opaque(n.target, args, kwargs, result, kind=n.op, hidden=n.target is not _torch.vmap_unwrap)
+            return _torch.record_opaque(
+                n.target, args, kwargs, result, kind=n.op, hidden=n.target is not _torch.vmap_unwrap
+            )
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is _HOPS.tag_activation_checkpoint:
@@ -255,13 +256,13 @@ def _user_line(error: BaseException) -> str | None:
 
 
 __all__ = [
+    "DYNAMO_ERRORS",
     "Captured",
     "GraphInput",
     "ahead_of_time",
     "graph_input",
     "just_in_time",
     "normalize",
-    "DYNAMO_ERRORS",
-    "translated",
     "source_line",
+    "translated",
 ]

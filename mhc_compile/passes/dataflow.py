@@ -24,6 +24,7 @@ from mhc_compile.passes.op_kinds import (
     is_local,
     is_mutating,
     packet,
+    schema_of,
     tensor_of,
 )
 
@@ -147,7 +148,7 @@ def _written(node: fx.Node) -> list[int]:
         return []
     keys = [
         _torch.storage_key(tensor_of(value))
-        for argument, value in zip(node.target._schema.arguments, node.args, strict=False)
+        for argument, value in zip(schema_of(node).arguments, node.args, strict=False)
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
     return [key for key in keys if key is not None]
@@ -184,7 +185,7 @@ def mixes(node: fx.Node) -> bool:
 
     A learned scale of single elements does not: a branch of such ops alone is a local skip.
     """
-    if node.op != "call_function" or tensor_of(node) is None and not isinstance(node.meta.get("val"), (tuple, list)):
+    if node.op != "call_function" or (tensor_of(node) is None and not isinstance(node.meta.get("val"), (tuple, list))):
         return False
     return not is_local(node)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import fx
@@ -85,20 +86,15 @@ class _Widening:
 
     def run(self) -> None:
         """Visit entries, trunk ops, path ops and merges in graph order."""
-        events: list[tuple[int, int, Callable[[], None]]] = []
+        events: list[tuple[fx.Node, Callable[[], None]]] = []
         for trunk in self.trunks:
-            self._add(events, trunk.entry, lambda trunk=trunk: self._enter(trunk))
-            for node, source in trunk.steps.items():
-                self._add(events, node, lambda *a, n=node, s=source, t=trunk: self._step(t, n, s))
+            events.append((trunk.entry, partial(self._enter, trunk)))
+            events += [(node, partial(self._step, trunk, node, source)) for node, source in trunk.steps.items()]
             for site in trunk.sites:
-                for op in site.merge.path:
-                    self._add(events, op, lambda *a, s=site, o=op: self._walk(s, o))
-                self._add(events, site.merge.root, lambda *a, s=site: self._merge(s))
-        for _, _, visit in sorted(events, key=lambda event: event[:2]):
+                events += [(op, partial(self._walk, site, op)) for op in site.merge.path]
+                events.append((site.merge.root, partial(self._merge, site)))
+        for _, visit in sorted(events, key=lambda event: self.flow.index[event[0]]):
             visit()
-
-    def _add(self, events: list[tuple[int, int, Callable[[], None]]], node: fx.Node, visit: Callable[[], None]) -> None:
-        events.append((self.flow.index[node], len(events), visit))
 
     # ------------------------------------------------------------------------------------------ trunk values
 
@@ -178,9 +174,7 @@ class _Widening:
         for site in self.based.get(base, ()):
             state, like = self.streams[base], site.merge.root
             with self.graph.inserting_before(place):
-                read = self.emit.call(
-                    mhc.coefficients.default, state.node, *self.parameters(site), self.eps, like=like
-                )
+                read = self.emit.call(mhc.coefficients.default, state.node, *self.parameters(site), self.eps, like=like)
                 pre, post, logits = (self.emit.call(operator.getitem, read, part, like=like) for part in range(3))
                 res = self.emit.call(mhc.sinkhorn.default, logits, self.iterations, like=like)
                 u = self.emit.call(mhc.aggregate.default, state.node, pre, like=like)

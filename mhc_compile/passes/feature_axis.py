@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from torch import fx
 
@@ -24,6 +25,7 @@ from mhc_compile.passes.op_kinds import (
     PRODUCTS,
     STATEFUL_NORMS,
     VIEWS,
+    argument,
     aten,
     is_elementwise,
     packet,
@@ -86,7 +88,12 @@ def _search(
                 if axis is not None and axis < len(origin) and origin[axis] is not None:
                     return origin[axis]
                 moved = axes_through(other, origin) if other.args and other.args[0] is node else None
-                if moved is None and is_elementwise(other) and tensor_of(other) is not None and rank(other) == len(origin):
+                if (
+                    moved is None
+                    and is_elementwise(other)
+                    and tensor_of(other) is not None
+                    and rank(other) == len(origin)
+                ):
                     moved = origin
             else:
                 moved = _axes_back(node, origin)
@@ -101,7 +108,9 @@ def _consumers(node: fx.Node) -> list[fx.Node]:
 
 def _producers(node: fx.Node) -> list[fx.Node]:
     if _keeps_axes(node):
-        return [source for source in node.all_input_nodes if tensor_of(source) is not None and rank(source) == rank(node)]
+        return [
+            source for source in node.all_input_nodes if tensor_of(source) is not None and rank(source) == rank(node)
+        ]
     first = node.args[0] if node.args else None
     movable = packet(node) in PERMUTES or packet(node) in VIEWS
     return [first] if movable and isinstance(first, fx.Node) and tensor_of(first) is not None else []
@@ -128,7 +137,7 @@ def _read_axis(node: fx.Node, operand: fx.Node) -> int | None:
     if kind in NORMS:
         return count - 1 if first else None
     if kind is aten.mean and first and len(node.args) > 2 and node.args[2] is True:
-        dims = node.args[1]
+        dims: Any = node.args[1]
         return int(dims[0]) % count if isinstance(dims, (list, tuple)) and len(dims) == 1 else None
     if is_elementwise(node):
         return _weighted_axis(node, operand)
@@ -183,7 +192,7 @@ def axes_through(node: fx.Node, origin: Origin) -> Origin | None:
         order = permutation(node)
         return None if order is None else tuple(origin[axis] for axis in order)
     if packet(node) in VIEWS:
-        mapping = _view_mapping(node.args[0], node)
+        mapping = _view_mapping(argument(node, 0), node)
         return tuple(None if axis is None else origin[axis] for axis in mapping)
     return None
 
@@ -206,13 +215,14 @@ def _axes_back(node: fx.Node, origin: Origin) -> Origin | None:
 def permutation(node: fx.Node) -> tuple[int, ...] | None:
     """For a permuting op: the source axis of each result axis."""
     count = rank(node)
-    kind, args = packet(node), node.args
+    kind: Any = packet(node)
+    args: Any = node.args
     order = list(range(count))
     if kind is aten.permute:
         return tuple(int(axis) % count for axis in args[1])
     if kind in (aten.transpose, aten.swapaxes, aten.swapdims):
         left, right = int(args[1]) % count, int(args[2]) % count
-    elif kind in (aten.t, aten.mT, aten.adjoint, aten.numpy_T) and count == 2 or kind in (aten.mT, aten.adjoint):
+    elif (kind in (aten.t, aten.mT, aten.adjoint, aten.numpy_T) and count == 2) or kind in (aten.mT, aten.adjoint):
         left, right = count - 2, count - 1
     elif kind in (aten.movedim, aten.moveaxis) and isinstance(args[1], int):
         order.insert(int(args[2]) % count, order.pop(int(args[1]) % count))

@@ -8,6 +8,7 @@ elements of an input (or on a learned parameter)? Only then can it make a residu
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -108,9 +109,25 @@ def is_float_tensor(node: object) -> bool:
 def same_shape(left: fx.Node, right: fx.Node) -> bool:
     """Both give tensors, provably of one shape."""
     a, b = tensor_of(left), tensor_of(right)
-    return a is not None and b is not None and a.dim() == b.dim() and all(_same(x, y) for x, y in zip(a.shape, b.shape, strict=True))
+    return (
+        a is not None
+        and b is not None
+        and a.dim() == b.dim()
+        and all(_same(x, y) for x, y in zip(a.shape, b.shape, strict=True))
+    )
 
 
 def _same(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
     """Equality without a guard: two symbols are equal only when they are one expression."""
     return bool(left == right) if isinstance(left, int) and isinstance(right, int) else str(left) == str(right)
+
+
+def schema_of(node: fx.Node) -> torch.FunctionSchema:
+    """The schema of an ATen or custom op call."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return node.target._schema
+
+
+def argument(node: fx.Node, place: int) -> Any:
+    """A positional argument, for ops whose schema says what it is."""
+    return node.args[place]

@@ -10,7 +10,9 @@ from torch import fx
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s*(?P<code>[^\n]*)')
 _ROOT = re.compile(r"^(L\['self'\]|L__self__|self)\.?")
 _MODULES_ITEM = re.compile(r"(?:\._modules|\['_modules'\])\['([^']+)'\]|\[['\"]?([^'\"\]]+)['\"]?\]")
-_SOURCE_ITEM = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\.([A-Za-z_]\w*)|\[['\"]?([^'\"\]]+)['\"]?\]")
+_SOURCE_ITEM = re.compile(
+    r"\._(?:modules|parameters|buffers)\['([^']+)'\]|\.([A-Za-z_]\w*)|\[['\"]?([^'\"\]]+)['\"]?\]"
+)
 
 
 def module_path(node: fx.Node) -> str:

@@ -116,7 +116,8 @@ def candidates(tree: AddTree, flow: Dataflow) -> tuple[list[Merge], str]:
             branches = tuple(
                 other
                 for other in computed
-                if _branches_off(base, path, other, flow) and not (is_statistic(base, other, flow) and not same_shape(other, tree.root))
+                if _branches_off(base, path, other, flow)
+                and not (is_statistic(base, other, flow) and not same_shape(other, tree.root))
             )
             if branches and not same_shape(leaf, tree.root):
                 reason = BROADCAST

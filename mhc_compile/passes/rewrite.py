@@ -85,7 +85,10 @@ def keep_sites(analysis: Analysis, names: list[str]) -> None:
     missing, extra = sorted(set(names) - found), sorted(found - set(names))
     if not missing and not extra:
         return
-    what = [f"has no site {', '.join(missing[:4])}" if missing else "", f"has also {', '.join(extra[:4])}" if extra else ""]
+    what = [
+        f"has no site {', '.join(missing[:4])}" if missing else "",
+        f"has also {', '.join(extra[:4])}" if extra else "",
+    ]
     raise RewriteError(
         "this call runs other residual adds than the one the model was converted with: it "
         + " and ".join(part for part in what if part)

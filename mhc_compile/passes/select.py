@@ -87,7 +87,9 @@ def _choose(tree: AddTree, flow: Dataflow, readings: _Readings, refused: list[Re
     open_ones = []
     for merge in found:
         refusal = _unusable(merge, flow)
-        if refusal is None and any(_same_trunk(other, merge.base, readings) for other in tree.leaves if other is not merge.skip):
+        if refusal is None and any(
+            _same_trunk(other, merge.base, readings) for other in tree.leaves if other is not merge.skip
+        ):
             refusal = LONG_SKIP
         if refusal is None:
             open_ones.append(merge)
@@ -152,7 +154,9 @@ def trunk_operand(node: fx.Node, flow: Dataflow, reached: dict[fx.Node, object])
     if not newest:
         return None
     operand = newest[0]
-    if is_sum(node) and any(_adds_branch(other, operand, flow) for other in node.all_input_nodes if other is not operand):
+    if is_sum(node) and any(
+        _adds_branch(other, operand, flow) for other in node.all_input_nodes if other is not operand
+    ):
         return None
     return operand
 
@@ -277,14 +281,13 @@ def _positions(merge: Merge) -> int:
 
 def _outermost(merges: list[Merge], chains: _Chains, refused: list[Refusal]) -> list[Merge]:
     """Drop the merges that lie in the branch of a later one that stays; the last add is outermost."""
-    flow, kept = chains.flow, []
+    kept: list[Merge] = []
     for merge in reversed(merges):
         outer = next((one for one in reversed(kept) if _nested(merge, one, chains)), None)
         if outer is None:
             kept.append(merge)
         else:
             refused.append(Refusal(merge.root, INSIDE.format(line=source_line(outer.root) or outer.root.name)))
-    assert all(flow.index[a.root] > flow.index[b.root] for a, b in zip(kept, kept[1:], strict=False))
     return kept[::-1]
 
 

@@ -21,6 +21,7 @@ from mhc_compile.passes.op_kinds import (
     COPIES,
     PERMUTES,
     VIEWS,
+    argument,
     aten,
     is_elementwise,
     packet,
@@ -124,7 +125,12 @@ def beside_streams(emitter: Emitter, node: fx.Node, axis: int, count: int) -> fx
 
 
 def _follow_side(
-    emitter: Emitter, flow: Dataflow, operand: fx.Node, source: fx.Node, axis: int, known: dict[fx.Node, Streams]
+    emitter: Emitter,
+    flow: Dataflow,
+    operand: fx.Node,
+    source: fx.Node,
+    axis: int,
+    known: dict[fx.Node, Streams],
 ) -> None:
     """If `operand` is itself a per-token function of the trunk value, compute it for each stream.
 
@@ -137,7 +143,7 @@ def _follow_side(
         return
     for node in nodes:
         if _is_reduction(node):
-            inner = known[node.args[0]].node  # type: ignore[index]
+            inner = known[argument(node, 0)].node
             result = emitter.call(node.target, inner, [-1], True, like=node, **node.kwargs)
         elif packet(node) in CASTS or packet(node) in COPIES:
             result = emitter.call(node.target, known[node.args[0]].node, *node.args[1:], like=node, **node.kwargs)  # type: ignore[index]
@@ -149,7 +155,7 @@ def _follow_side(
 def _per_token(node: fx.Node, axis: int) -> bool:
     if packet(node) in CASTS or packet(node) in COPIES or is_elementwise(node):
         return True
-    return _is_reduction(node) and [int(dim) % feature_axis.rank(node) for dim in node.args[1]] == [axis]  # type: ignore[union-attr]
+    return _is_reduction(node) and [int(dim) % feature_axis.rank(node) for dim in argument(node, 1)] == [axis]
 
 
 def _is_reduction(node: fx.Node) -> bool:
@@ -245,4 +251,3 @@ def streams_of(node: fx.Node) -> int:
     value = tensor_of(node)
     assert value is not None
     return int(value.shape[-2])
-

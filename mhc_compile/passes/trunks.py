@@ -58,9 +58,7 @@ class Trunk:
     sites: list[Site] = field(default_factory=list)
 
 
-def chain(
-    merges: list[Merge], flow: Dataflow, refused: list[Refusal]
-) -> list[Trunk]:
+def chain(merges: list[Merge], flow: Dataflow, refused: list[Refusal]) -> list[Trunk]:
     """Build the trunks through `merges` (graph order); merges that cannot be carried go to `refused`."""
     chained = list(merges)
     while True:
@@ -75,9 +73,7 @@ def chain(
     return trunks
 
 
-def _chain_all(
-    merges: list[Merge], flow: Dataflow, refused: list[Refusal]
-) -> tuple[list[Trunk], set[Merge]]:
+def _chain_all(merges: list[Merge], flow: Dataflow, refused: list[Refusal]) -> tuple[list[Trunk], set[Merge]]:
     """Trunks through all merges; where an op loses the features, what follows starts a trunk of its own.
 
     Also gives the merges that must be left out, which asks for another round.
@@ -167,9 +163,7 @@ def _settle_axis(
     return Trunk(entry, best, {node: source for node, source in steps.items() if node in best})
 
 
-def _follow(
-    entry: fx.Node, axis: int, members: list[Merge], steps: dict[fx.Node, fx.Node]
-) -> dict[fx.Node, int]:
+def _follow(entry: fx.Node, axis: int, members: list[Merge], steps: dict[fx.Node, fx.Node]) -> dict[fx.Node, int]:
     """Where the feature axis of the entry is in every later trunk value; values where it is lost are left out."""
     known = {entry: axis}
     ends = {merge.root: merge for merge in members}
@@ -209,7 +203,9 @@ def _add_sites(trunk: Trunk, merges: list[Merge], flow: Dataflow, refused: list[
         branch = flow.between(merge.base, merge.branches)
         inner = {merge.root, *merge.tree.interior, *merge.path}
         readers = {user for user in merge.base.users if flow.has(branch, user) and user not in inner}
-        readers = {user for user in readers if (merge.base, user) not in taken and trunk.steps.get(user) is not merge.base}
+        readers = {
+            user for user in readers if (merge.base, user) not in taken and trunk.steps.get(user) is not merge.base
+        }
         behind_path = any(flow.has(branch, user) and user not in inner for node in merge.path for user in node.users)
         if not readers and not behind_path:
             refused.append(Refusal(merge.root, SHARED))
