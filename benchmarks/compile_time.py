@@ -3,7 +3,7 @@
 python benchmarks/compile_time.py [--layers 12] [--backend inductor] [--rounds 2] [--out FILE]
 
 First call: a Llama, plain under torch.compile and converted with the same backend, forward and backward, in turn in one
-process with cold caches (a fresh cache directory and torch._dynamo.reset() before each); the ratio is of the best times.
+process with cold caches (a fresh cache directory and torch._dynamo.reset() before each); the ratio is of best times.
 Passes: the seconds of canonicalising, finding and rewriting graphs of growing depth; the ratio is per doubling.
 """
 

@@ -48,7 +48,7 @@ def loss_on(model: nn.Module, ids: Tensor) -> float:
     return float(model(input_ids=ids, labels=ids).loss)
 
 
-def main(n: int = 4, steps: int = 60, batch_size: int = 8, layers: int = 2, backend: str = "aot_eager") -> dict[str, float]:
+def main(n: int = 4, steps: int = 60, layers: int = 2, backend: str = "aot_eager") -> dict[str, float]:
     """Run the example; gives the losses before and after training."""
     torch.manual_seed(0)
     model = build(layers).eval()
@@ -70,7 +70,7 @@ def main(n: int = 4, steps: int = 60, batch_size: int = 8, layers: int = 2, back
     optimizer = torch.optim.AdamW(param_groups(model, weight_decay=0.1), lr=3e-3)
     model.train()
     for _ in range(steps):
-        ids = batch(training, batch_size, generator)
+        ids = batch(training, 8, generator)
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()

@@ -38,13 +38,14 @@ class SiteTree(nn.Module):
 
 @dataclass(frozen=True)
 class SiteRecord:
-    """What is kept of a site: its name, features C, own stream, trunk, and where its add stands."""
+    """What is kept of a site: its name, features C, own stream, trunk, where its add stands; double: fp64 streams."""
 
     name: str
     features: int
     stream: int
     trunk: int
     line: str
+    double: bool = False
 
 
 class Conversion:
@@ -182,7 +183,8 @@ def _why(refused: list[Refusal]) -> str:
 
 
 def _record(site: Site) -> SiteRecord:
-    return SiteRecord(site.name, site.features, site.index, site.trunk, site.line)
+    double = site.merge.base.meta["val"].dtype == torch.float64
+    return SiteRecord(site.name, site.features, site.index, site.trunk, site.line, double)
 
 
 def _unique(records: list[SiteRecord]) -> list[SiteRecord]:
@@ -215,6 +217,8 @@ def _attach(model: nn.Module, config: MHCConfig, sites: list[SiteRecord]) -> Non
             eps=config.eps,
             device=device,
         )
+        if site.double:
+            connection.double()
         place.add_module(last, connection.train(model.training))
     tree.train(model.training)
     model.add_module(_TREE, tree)

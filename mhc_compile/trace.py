@@ -39,6 +39,7 @@ def _rewrite(model: nn.Module, captured: Captured) -> Rewritten:
     config: MHCConfig = state.config
     analysis = analyze(captured.graph, tie_shared=config.tie_shared)
     if config.n == 1:
+        captured.graph.recompile()
         return Rewritten(captured.graph, captured.arguments, analysis)
     keep_sites(analysis, [site.name for site in state.sites])
     look_up, names = bind_parameters(captured.graph, analysis.sites, config.n)

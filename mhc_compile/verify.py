@@ -243,6 +243,7 @@ def _widen(analysis: Analysis, n: int, value: Callable[[Tensor, str], Tensor]) -
     look_up, names = bind_parameters(analysis.graph, analysis.sites, n)
     nodes = list(analysis.graph.graph.find_nodes(op="placeholder"))[-len(names) :] if names else []
     expand(analysis.graph, analysis.trunks, analysis.flow, look_up, n=n, iterations=20, eps=1e-6)
+    analysis.graph.recompile()
     empty = [
         torch.empty(node.meta["val"].shape, dtype=node.meta["val"].dtype, device=node.meta["val"].device)
         for node in nodes

@@ -24,6 +24,7 @@ from mhc_compile.passes.op_kinds import aten
 from mhc_compile.passes.rewrite import Analysis, analyze, rewrite
 from mhc_compile.passes.trunks import Site
 from mhc_compile.trace import rewritten
+from random_modules import Case
 
 mhc = torch.ops.mhc
 
@@ -33,7 +34,7 @@ Weights = tuple[Tensor, Tensor, Tensor]
 GRADIENT_FLOOR = 1e-2  # of the largest gradient in the model, see `gradient_error`
 
 
-# ------------------------------------------------------------------------------------------------ models
+# ---------------------------------------------------------------------------------------------- models
 
 
 def zoo_model(name: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -57,7 +58,7 @@ def is_float(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-# ------------------------------------------------------------------------------------------------ graphs
+# ---------------------------------------------------------------------------------------------- graphs
 
 
 def capture(
@@ -149,6 +150,9 @@ def force_pre_and_post_to_one(gm: fx.GraphModule) -> int:
     return replaced
 
 
+_BACK_IN_PLACE = ([aten.permute.default], [aten.clone.default])
+
+
 def split_reads(gm: fx.GraphModule) -> None:
     """Give every reader of an aggregate or readout a copy of its own, made just before it.
 
@@ -158,7 +162,7 @@ def split_reads(gm: fx.GraphModule) -> None:
     for target in (mhc.aggregate.default, mhc.readout.default):
         for read in gm.graph.find_nodes(op="call_function", target=target):
             brought_back = [read]  # and what brings a channels-first value back to its axes
-            while [user.target for user in brought_back[-1].users] in ([aten.permute.default], [aten.clone.default]):
+            while [user.target for user in brought_back[-1].users] in _BACK_IN_PLACE:
                 brought_back.extend(brought_back[-1].users)
             last = brought_back[-1]
             for reader in list(last.users)[1:]:
@@ -188,7 +192,7 @@ class _Merges(fx.Interpreter):
 def divergence(model: nn.Module, inputs: Mapping[str, Any]) -> float:
     """Mean pairwise cosine distance between a converted model's streams, behind the site where it is largest.
 
-    0 when all are equal. Not behind the last site of a trunk alone: the readout gives its streams equal gradients.
+    0 when all are equal. Not behind a trunk's last site alone: the readout gives its streams equal gradients.
     """
     made = rewritten(model, inputs)
     runner = _Merges(made.graph)
@@ -204,7 +208,7 @@ def _cosine_distance(streams: Tensor) -> float:
     return (1 - cosines / (n * (n - 1))).mean().item()
 
 
-# ------------------------------------------------------------------------------------------------ comparing
+# ------------------------------------------------------------------------------------------- comparing
 
 
 def float_outputs(output: Any) -> list[Tensor]:
@@ -299,3 +303,33 @@ def _size(tensor: Tensor) -> float:
 
 def _difference(a: Tensor, b: Tensor) -> float:
     return _size(a.double() - b.double())
+
+
+# -------------------------------------------------------------------------------------- random modules
+
+
+def problems(case: Case) -> list[str]:
+    """What is wrong with the rewrite of a random module at step 0; empty when nothing is."""
+    model = case.build()
+    made = widen(model, case.inputs())
+    found_counts = counts(made.analysis)
+    wrong = []
+    if found_counts != (case.sites, case.trunks):
+        wrong.append(f"found {found_counts} sites and trunks, expected {(case.sites, case.trunks)}")
+    parameters = own_parameters(model)
+    expected = result_of(lambda: made.plain(*made.arguments), parameters)
+    actual = result_of(lambda: made.graph(*made.arguments, *made.weights), parameters)
+    limits = _limits(case, next(model.parameters()).dtype)
+    errors = {"outputs": (output_error(expected, actual), ""), "gradients": gradient_error(expected, actual)}
+    for what, (error, name) in errors.items():
+        if not error <= limits[what]:
+            wrong.append(f"{what} differ by {error:.2e} of their scale > {limits[what]:g} {name}".rstrip())
+    return wrong
+
+
+def _limits(case: Case, dtype: torch.dtype) -> dict[str, float]:
+    if not case.exact:  # a last bit may round to the other bf16 neighbour
+        return dict(outputs=5e-2, gradients=2e-1)
+    if dtype == torch.float64:
+        return dict(outputs=1e-9, gradients=1e-9)
+    return dict(outputs=1e-5, gradients=1e-4)

@@ -90,7 +90,7 @@ def first_float(output: Any) -> Tensor:
     return float_outputs(output)[0].detach()
 
 
-# ------------------------------------------------------------------------------------------------ step 0
+# ---------------------------------------------------------------------------------------------- step 0
 
 
 def _named(names: list[str]) -> list[Any]:
@@ -127,7 +127,7 @@ def test_a_float64_model_runs_as_it_is_converted() -> None:
     assert_same(called(plain.double(), inputs), called(converted, inputs), outputs=1e-6, gradients=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------ training
+# -------------------------------------------------------------------------------------------- training
 
 
 def train(model: nn.Module, inputs: dict[str, Any], steps: int = 20) -> None:
@@ -148,7 +148,7 @@ def test_training_makes_the_streams_diverge(name: str) -> None:
     train(model, inputs)
     after = divergence(model, inputs)
     print(f"{name}: mean cosine distance between the streams {before:.1e}, after 20 steps {after:.1e}")
-    assert before < 1e-6 and after > 1e-4
+    assert before < 1e-12 and after > 1e-8
     for key, parameter in model.mhc.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), key
         assert parameter.grad.abs().max() > 0, f"{key} has a zero gradient after 20 steps"
@@ -162,7 +162,7 @@ def test_streams_that_all_sites_read_alike_never_diverge() -> None:
         for connection in connections(model):
             connection.bias[:4] = -math.log(3.0)  # pre = 1/4
     train(model, inputs)
-    assert divergence(model, inputs) < 1e-6
+    assert divergence(model, inputs) < 1e-12
 
 
 def test_training_moves_both_kinds_of_parameters() -> None:
@@ -174,7 +174,7 @@ def test_training_moves_both_kinds_of_parameters() -> None:
     assert moved == {key for key, _ in model.named_parameters()}
 
 
-# ------------------------------------------------------------------------------------------------ n = 1
+# ----------------------------------------------------------------------------------------------- n = 1
 
 
 EAGER = [(name, "eager") for name in ("llama", "bert", "gemma2", "falcon", "t5", "vit", "resnet")]
@@ -202,7 +202,7 @@ MACHINERY = ["llama", "gpt2", "bert", "vit", "t5", "resnet", "falcon", "gpt_neox
 
 @pytest.mark.parametrize("name", MACHINERY)
 def test_the_whole_machinery_at_one_stream(name: str) -> None:
-    """Expand, coefficients with random logits, Sinkhorn 1 x 1, merge and readout; pre and post forced to 1."""
+    """Expand, coefficients with random logits, Sinkhorn 1 x 1, merge, readout; pre and post forced to 1."""
     model, inputs = zoo_model(name)
     made = widen(model, (), inputs, n=1, weights=random_weights_of_one_stream)
     assert force_pre_and_post_to_one(made.graph) == 2 * len(made.analysis.sites) > 0
@@ -210,14 +210,14 @@ def test_the_whole_machinery_at_one_stream(name: str) -> None:
     parameters = own_parameters(model)
     expected = result_of(lambda: made.canonical(*made.arguments), parameters)
     actual = result_of(lambda: made.graph(*made.arguments, *made.weights), parameters)
-    if name == "gpt_neox":
-        # two norms read the trunk: autograd adds the three gradients of a trunk value in another order
+    if name == "resnet":
+        # a site's gradients lie in memory with the channels last: batch norm's backward sums otherwise
         assert_same(expected, actual, outputs=0.0, gradients=1e-6)
     else:
         assert_bitwise(expected, actual)
 
 
-# ------------------------------------------------------------------------------------------------ calling
+# --------------------------------------------------------------------------------------------- calling
 
 
 def test_positional_and_keyword_arguments_give_the_same() -> None:
@@ -294,7 +294,7 @@ def test_two_models_of_one_class_do_not_share_captures() -> None:
     assert captures(one) == captures(two) == 1
 
 
-# ------------------------------------------------------------------------------------------------ modes, dtypes
+# --------------------------------------------------------------------------------------- modes, dtypes
 
 
 def test_train_and_eval_can_be_switched() -> None:
@@ -311,6 +311,19 @@ def test_train_and_eval_can_be_switched() -> None:
     assert not torch.allclose(noisy, quiet)
     model.eval()
     assert torch.equal(first_float(model(**inputs)), quiet)
+
+
+@pytest.mark.parametrize("without_grad", [torch.no_grad, torch.inference_mode])
+def test_training_after_a_call_without_gradients(without_grad: Callable[[], Any]) -> None:
+    model, inputs = small_model("parallel")
+    with without_grad():
+        convert(model, inputs)
+        quiet = first_float(model(**inputs))
+    output = float_outputs(model(**inputs))[0]
+    assert torch.equal(output, quiet)
+    output.square().sum().backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, key
 
 
 def test_training_works_under_autocast() -> None:
@@ -355,7 +368,7 @@ def test_casting_the_model_keeps_mhc_parameters_in_float32(how: str) -> None:
     assert difference <= 3e-2 * expected.float().abs().max().item()
 
 
-# ------------------------------------------------------------------------------------------------ state
+# ----------------------------------------------------------------------------------------------- state
 
 
 def test_state_dict_has_the_original_keys_and_the_sites() -> None:
@@ -461,7 +474,7 @@ def test_options_reach_the_sites() -> None:
     assert [one.stream for one in made] == [number % 3 for number in range(len(made))]
 
 
-# ------------------------------------------------------------------------------------------------ refusals
+# -------------------------------------------------------------------------------------------- refusals
 
 
 class NoResidual(nn.Module):

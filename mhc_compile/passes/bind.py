@@ -28,8 +28,6 @@ def bind_parameters(gm: fx.GraphModule, sites: list[Site], n: int) -> tuple[Para
             if name not in made:
                 place = _placeholder(gm, name, _like(site, part, n), fake_mode, place)
                 made[name] = place
-    gm.graph.lint()
-    gm.recompile()
 
     def look_up(site: Site) -> tuple[fx.Node, fx.Node, fx.Node]:
         return made[f"{site.name}.phi"], made[f"{site.name}.alpha"], made[f"{site.name}.bias"]

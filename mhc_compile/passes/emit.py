@@ -63,8 +63,13 @@ class Emitter:
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy whose graph can be rewritten alone; submodules, constants and recorded values are shared."""
-    graph = fx.Graph()
+    return fx.GraphModule(gm, copy_nodes(gm.graph))
+
+
+def copy_nodes(graph: fx.Graph) -> fx.Graph:
+    """A copy of a graph's nodes, without the cost of a module's code."""
+    copy = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
-        mapping[node] = graph.node_copy(node, lambda source: mapping[source])
-    return fx.GraphModule(gm, graph)
+    for node in graph.nodes:
+        mapping[node] = copy.node_copy(node, mapping.__getitem__)
+    return copy

@@ -50,8 +50,6 @@ def expand(
     for node in reversed(gm.graph.nodes):
         if node.op == "call_function" and not node.users and node not in dead and not node.is_impure():
             gm.graph.erase_node(node)
-    gm.graph.lint()
-    gm.recompile()
 
 
 class _Widening:

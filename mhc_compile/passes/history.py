@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import fx
 
 from mhc_compile.errors import RewriteError
-from mhc_compile.passes.emit import copy_graph
+from mhc_compile.passes.emit import copy_nodes
 from mhc_compile.passes.provenance import module_path, source_line
 
 
@@ -38,16 +39,22 @@ class PassRecord:
 
     name: str
     exact: bool
-    graph: fx.GraphModule
+    nodes: fx.Graph
+    owner: fx.GraphModule = field(repr=False)
     ops: Counter[str]
     change: dict[str, int]
     seconds: float
     notes: tuple[str, ...]
 
+    @cached_property
+    def graph(self) -> fx.GraphModule:
+        """The graph as a module that can be run; its constants are shared with the compiled one."""
+        return fx.GraphModule(self.owner, self.nodes)
+
     @property
     def code(self) -> str:
         """The graph as a Python function, each line behind the module and the source line it comes from."""
-        return _python(self.graph)
+        return _python(self.nodes)
 
     def print_readable(self) -> None:
         """Print the record's summary and code."""
@@ -78,14 +85,14 @@ def run_passes(gm: fx.GraphModule, passes: Sequence[Pass]) -> list[PassRecord]:
         _check(gm, one.name, outputs)
         after = count_ops(gm.graph)
         change = {op: after[op] - before[op] for op in {*before, *after} if after[op] != before[op]}
-        records.append(PassRecord(one.name, one.exact, copy_graph(gm), after, change, seconds, outcome.notes))
+        records.append(PassRecord(one.name, one.exact, copy_nodes(gm.graph), gm, after, change, seconds, outcome.notes))
         before = after
     return records
 
 
 def start_record(gm: fx.GraphModule, seconds: float) -> PassRecord:
     """The record of the capture itself."""
-    return PassRecord("capture", True, copy_graph(gm), count_ops(gm.graph), {}, seconds, ())
+    return PassRecord("capture", True, copy_nodes(gm.graph), gm, count_ops(gm.graph), {}, seconds, ())
 
 
 def _check(gm: fx.GraphModule, name: str, outputs: list[object]) -> None:
@@ -95,7 +102,6 @@ def _check(gm: fx.GraphModule, name: str, outputs: list[object]) -> None:
         raise RewriteError(f"pass {name!r} left a graph that is not valid: {error}. Please report it") from error
     if _output_metadata(gm) != outputs:
         raise RewriteError(f"pass {name!r} changed the shape or dtype of an output. Please report it")
-    gm.recompile()
 
 
 def _output_metadata(gm: fx.GraphModule) -> list[object]:
@@ -112,10 +118,10 @@ def _op_name(target: object) -> str:
     return str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
 
 
-def _python(gm: fx.GraphModule) -> str:
+def _python(graph: fx.Graph) -> str:
     """fx's own printout, with a comment where module or source line changes."""
-    lines = gm.graph.python_code("self").src.splitlines()
-    origin = {node.name: (module_path(node), source_line(node)) for node in gm.graph.nodes}
+    lines = graph.python_code("self").src.splitlines()
+    origin = {node.name: (module_path(node), source_line(node)) for node in graph.nodes}
     printed, last = [], ("", "")
     for line in lines:
         name = line.strip().split(" ", 1)[0].rstrip(":")

@@ -72,7 +72,9 @@ def rewrite(analysis: Analysis, config: MHCConfig, parameters: Parameters) -> li
         )
         return Outcome(bool(analysis.trunks))
 
-    return run_passes(analysis.graph, [Pass("expand", False, run)])
+    records = run_passes(analysis.graph, [Pass("expand", False, run)])
+    analysis.graph.recompile()
+    return records
 
 
 def keep_sites(analysis: Analysis, names: list[str]) -> None:
