@@ -18,7 +18,7 @@ from mhc_compile.passes.capture import normalize
 from mhc_compile.passes.emit import Emitter
 from mhc_compile.passes.history import PassRecord, start_record
 from mhc_compile.passes.op_kinds import aten
-from mhc_compile.passes.rewrite import analyze, keep_sites, rewrite
+from mhc_compile.passes.rewrite import analyze, keep_sites, leave_plain, rewrite
 from mhc_compile.passes.trunks import Site
 
 _ANCHOR = torch.ops.mhc.anchor.default
@@ -28,13 +28,15 @@ _ANCHOR = torch.ops.mhc.anchor.default
 class ConvertingBackend:
     """Rewrites the graph of a converted model's forward, then compiles it.
 
-    sites: the names of the model's sites; parameters: the names (`site.phi`, ...) of what its anchor lists, in
-    order. Keeps the pass records of every compilation in `history`.
+    sites: the names of the model's sites; parameters: the names (`site.phi`, ...) of what its anchor lists, in order;
+    skips_no_grad: the conversion refused adds because they stand in a no-grad region. Keeps the pass records of every
+    compilation in `history`.
     """
 
     config: MHCConfig
     sites: list[str]
     parameters: list[str]
+    skips_no_grad: bool = False
     history: list[PassRecord] = field(default_factory=list)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -60,6 +62,10 @@ class ConvertingBackend:
         if self.config.n == 1:
             return []  # the plain add, bit for bit: not even its spelling changes
         analysis = analyze(graph, tie_shared=self.config.tie_shared)
+        extra = {site.name for site in analysis.sites} - set(self.sites)
+        if extra and self.skips_no_grad and not torch.is_grad_enabled():
+            # with gradients off everywhere a no-grad region leaves no trace in the graph
+            analysis = leave_plain(analysis, extra, tie_shared=self.config.tie_shared)
         keep_sites(analysis, self.sites)
         nodes = dict(zip(self.parameters, held, strict=True))
 

@@ -22,6 +22,7 @@ from mhc_compile.passes.history import PassRecord
 from mhc_compile.passes.provenance import source_line
 from mhc_compile.passes.residuals import Refusal
 from mhc_compile.passes.rewrite import Analysis, analyze
+from mhc_compile.passes.select import NO_GRAD
 from mhc_compile.passes.trunks import Site
 
 _STATE = "_mhc_conversion"
@@ -51,8 +52,11 @@ class SiteRecord:
 class Conversion:
     """The state of a converted model: its options, its sites, its original class and its compiled forward."""
 
-    def __init__(self, original: type[nn.Module], config: MHCConfig, sites: list[SiteRecord]) -> None:
+    def __init__(
+        self, original: type[nn.Module], config: MHCConfig, sites: list[SiteRecord], skips_no_grad: bool
+    ) -> None:
         self.original, self.config, self.sites = original, config, sites
+        self.skips_no_grad = skips_no_grad
         self.backend: ConvertingBackend | None = None
         self._compiled: Callable[..., Any] | None = None
 
@@ -74,7 +78,7 @@ class Conversion:
 
     def _compile(self, model: nn.Module) -> Callable[..., Any]:
         names = [name for name, _ in getattr(model, _TREE).named_parameters()]
-        self.backend = ConvertingBackend(self.config, [site.name for site in self.sites], names)
+        self.backend = ConvertingBackend(self.config, [site.name for site in self.sites], names, self.skips_no_grad)
         forward = anchored(self.original)
         return torch.compile(_torch.fresh_function(forward), backend=self.backend, fullgraph=True)
 
@@ -137,7 +141,8 @@ def mhc_compile(
     analysis = analyze(just_in_time(original_forward, model, args, kwargs).graph, tie_shared=config.tie_shared)
     refuse_unfit(model, analysis)
     sites = [] if config.n == 1 else _unique([_record(site) for site in analysis.sites])
-    _attach(model, config, sites)
+    skips_no_grad = any(refusal.reason == NO_GRAD for refusal in analysis.refused)
+    _attach(model, config, sites, skips_no_grad)
     return model
 
 
@@ -197,7 +202,7 @@ def _unique(records: list[SiteRecord]) -> list[SiteRecord]:
     return list(first.values())
 
 
-def _attach(model: nn.Module, config: MHCConfig, sites: list[SiteRecord]) -> None:
+def _attach(model: nn.Module, config: MHCConfig, sites: list[SiteRecord], skips_no_grad: bool) -> None:
     original = type(model)
     tree = SiteTree()
     device = next((parameter.device for parameter in model.parameters()), None)
@@ -222,7 +227,7 @@ def _attach(model: nn.Module, config: MHCConfig, sites: list[SiteRecord]) -> Non
         place.add_module(last, connection.train(model.training))
     tree.train(model.training)
     model.add_module(_TREE, tree)
-    model.__dict__[_STATE] = Conversion(original, config, sites)
+    model.__dict__[_STATE] = Conversion(original, config, sites, skips_no_grad)
     model.__class__ = _subclass(original)  # type: ignore[arg-type]  # mypy takes the class for its instance
 
 

@@ -332,4 +332,5 @@ def _limits(case: Case, dtype: torch.dtype) -> dict[str, float]:
         return dict(outputs=5e-2, gradients=2e-1)
     if dtype == torch.float64:
         return dict(outputs=1e-9, gradients=1e-9)
-    return dict(outputs=1e-5, gradients=1e-4)
+    # a norm over two features multiplies what was rounded by up to 1 / sqrt(eps) = 300 on the way back
+    return dict(outputs=1e-5, gradients=1e-3)

@@ -1,13 +1,16 @@
-"""The examples run, in a reduced size, and show what they are there to show."""
+"""The examples run, in a reduced size, and show what they are there to show; the documentation agrees with the code."""
 
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from mhc_compile.passes import residuals, select, trunks
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -19,9 +22,15 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _importable(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`import llama` finds the example; compiled frames of one test must not steer another."""
+    """`import llama` finds the example; compiled frames of one test must not steer another.
+
+    One thread: the models are small, and the threads of test processes that share the cores wait for each other.
+    """
     monkeypatch.syspath_prepend(EXAMPLES)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
     torch._dynamo.reset()
 
 
@@ -55,3 +64,38 @@ def test_own_module(capsys: pytest.CaptureFixture[str]) -> None:
     assert "shared.attention_call1" in printed
     assert "+7 mhc.merge.default" in printed
     assert "mhc.stem.same.phi" in printed
+
+
+# ------------------------------------------------------------------------------------------------ documentation
+
+
+ROOT = EXAMPLES.parent
+
+
+def test_the_code_of_the_readme_runs() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"(<!-- not run -->\n)?```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    for skipped, code in blocks:
+        if not skipped:
+            exec(compile(code, "README.md", "exec"), names)
+    assert not hasattr(names["model"], "mhc"), "restored at the end"
+
+
+def test_every_reason_is_documented() -> None:
+    text = (ROOT / "docs" / "finding.md").read_text(encoding="utf-8")
+    reasons = {
+        value
+        for module in (residuals, select, trunks)
+        for name, value in vars(module).items()
+        if name.isupper() and not name.startswith("_") and isinstance(value, str)
+    }
+    assert len(reasons) >= 13
+    text = text.replace("3 sites", "{count} sites").replace("FILE:LINE: ...", "{line}")
+    assert not [reason for reason in reasons if f"`{reason}`" not in text]
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"

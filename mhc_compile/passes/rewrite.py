@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -55,6 +55,15 @@ def analyze(gm: fx.GraphModule, *, tie_shared: bool = False) -> Analysis:
     name_sites(trunks, flow, tie_shared=tie_shared)
     refused.sort(key=lambda refusal: flow.index[refusal.node])
     return Analysis(gm, flow, trunks, refused, records, foreign, notes)
+
+
+def leave_plain(analysis: Analysis, names: set[str], *, tie_shared: bool = False) -> Analysis:
+    """The same analysis with some sites left as plain adds, as ops on their trunk where they lie between others."""
+    merges = [site.merge for site in analysis.sites if site.name not in names]
+    refused = list(analysis.refused)
+    trunks = chain(merges, analysis.flow, refused)
+    name_sites(trunks, analysis.flow, tie_shared=tie_shared)
+    return replace(analysis, trunks=trunks, refused=refused)
 
 
 def rewrite(analysis: Analysis, config: MHCConfig, parameters: Parameters) -> list[PassRecord]:

@@ -1,1 +1,0 @@
-"""What a rewritten model is written out as."""
