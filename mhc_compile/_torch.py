@@ -48,6 +48,7 @@ __all__ = [
     "TorchDynamoException",
     "Unsupported",
     "compile_settings",
+    "dynamo_is_off",
     "dynamo_source_name",
     "fake_mode_of",
     "fresh_function",
@@ -128,9 +129,17 @@ def compile_settings() -> Any:
 
     One forward may be compiled for many modes (train, eval, autocast, dtypes, shapes): Dynamo's default of 8 variants
     is met by ordinary use, and beyond it a `fullgraph` function stops with an error. Log messages inside the forward
-    (transformers warns from within) are left out instead of breaking the graph.
+    (transformers warns from within) are left out instead of breaking the graph. DDP's graph splitter is off: each of
+    its fragments would widen and read out a part of a trunk by itself.
     """
-    return torch._dynamo.config.patch({"recompile_limit": 64, _IGNORED_LOGGING: _logging_functions()})
+    return torch._dynamo.config.patch(
+        {"recompile_limit": 64, "optimize_ddp": False, _IGNORED_LOGGING: _logging_functions()}
+    )
+
+
+def dynamo_is_off() -> bool:
+    """TORCHDYNAMO_DISABLE=1, or torch._dynamo.config.disable."""
+    return bool(torch._dynamo.config.disable)
 
 
 def _logging_functions() -> set[Any]:

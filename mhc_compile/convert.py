@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,10 @@ _INLINED = (
 
 class SiteTree(nn.Module):
     """A level of the tree of sites; its children are named like the modules of the model."""
+
+    def forward(self, x: Any) -> Any:
+        """Gives `x`: an nn.Sequential calls every child, this one too."""
+        return x
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Conversion:
                 "call mhc_compile.trace(model, inputs) for its rewritten graph"
             )
         if self._compiled is None:
-            self._compiled = self._compile(model)
+            self._compiled, self.backend = self.compiled(model, self.config.backend)
         try:
             with _torch.compile_settings():
                 _, output = self._compiled(model, *args, **kwargs)
@@ -76,14 +80,16 @@ class Conversion:
             raise translated(error, model) from error
         return output
 
-    def _compile(self, model: nn.Module) -> Callable[..., Any]:
+    def compiled(self, model: nn.Module, backend: str) -> tuple[Callable[..., Any], ConvertingBackend]:
+        """The anchored forward `(model, ...) -> (token, output)`, freshly compiled with a backend, and that."""
         names = [name for name, _ in getattr(model, _TREE).named_parameters()]
-        self.backend = ConvertingBackend(self.config, [site.name for site in self.sites], names, self.skips_no_grad)
-        forward = anchored(self.original)
-        return torch.compile(_torch.fresh_function(forward), backend=self.backend, fullgraph=True)
+        sites = [site.name for site in self.sites]
+        converting = ConvertingBackend(replace(self.config, backend=backend), sites, names, self.skips_no_grad)
+        forward = _torch.fresh_function(anchored(self.original))
+        return torch.compile(forward, backend=converting, fullgraph=True), converting
 
 
-for _method in (Conversion.run, Conversion._compile):
+for _method in (Conversion.run, Conversion.compiled):
     _torch.outside_dynamo(_method, _INLINED)
 
 

@@ -15,8 +15,11 @@ from torch import nn
 from mhc_compile.convert import conversion, is_converted, plain_forward
 from mhc_compile.example_inputs import as_call, derive
 from mhc_compile.passes.capture import just_in_time
+from mhc_compile.passes.dataflow import is_learned
+from mhc_compile.passes.op_kinds import NORMS, aten, packet
 from mhc_compile.passes.provenance import module_path, source_line
 from mhc_compile.passes.rewrite import Analysis, analyze
+from mhc_compile.passes.trunks import Trunk
 
 _WIDTH = 110  # of a printed table when the output is no terminal
 
@@ -151,10 +154,26 @@ def explanation(name: str, analysis: Analysis) -> Explanation:
         )
         for one in analysis.refused
     ]
-    notes = sorted(set(analysis.notes))
+    notes = sorted(set(analysis.notes)) + [
+        note for trunk in enumerate(analysis.trunks) for note in _trunk_notes(*trunk)
+    ]
     if analysis.foreign is not None:
         notes.append(f'this model is mHC already (at {analysis.foreign}); torch.compile(model, backend="mhc") keeps it')
     return Explanation(name, sites, trunks, refused, notes)
+
+
+def _trunk_notes(number: int, trunk: Trunk) -> list[str]:
+    """What acts on every stream of a trunk between its sites, where it changes what mHC promises."""
+    ops = [*trunk.steps, *(op for site in trunk.sites for op in site.merge.path)]
+    notes = []
+    if any(packet(op) in NORMS or (is_learned(op) and packet(op) is aten.mul) for op in trunk.steps):
+        notes.append(
+            f"trunk {number}: a norm or learned scale acts on each stream between sites (post-norm): the trunk"
+        )
+        notes[-1] += " has no clean identity path"
+    if any(packet(op) in (aten.mul, aten.div) for op in ops):
+        notes.append(f"trunk {number}: the skip is scaled or masked on its way, which the composite gain leaves out")
+    return notes
 
 
 def _made_at(node: Any) -> str:

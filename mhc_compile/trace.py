@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from mhc_compile.config import MHCConfig
 from mhc_compile.convert import _STATE, _TREE, conversion, plain_forward
-from mhc_compile.errors import CaptureError
+from mhc_compile.errors import CaptureError, ShapeError, wrong
 from mhc_compile.example_inputs import as_call, derive
 from mhc_compile.passes.bind import bind_parameters
 from mhc_compile.passes.capture import Captured, ahead_of_time, graph_input, just_in_time
@@ -59,10 +59,12 @@ class TracedModel(nn.Module):
         self.graph_module = graph
         self._out_spec = out_spec
         self._slots: list[str | None] = []  # the attribute behind each graph input; None for a user input
+        self._inputs: list[tuple[str, Any]] = []  # name of each user input, and what it was traced with
         for node, value in zip(graph.graph.find_nodes(op="placeholder"), arguments, strict=True):
             record = graph_input(node)
             if not isinstance(value, torch.Tensor) or record is None or (record.kind == "input" and not record.path):
                 self._slots.append(None)
+                self._inputs.append((node.name, _as_traced(node.meta["val"])))
                 continue
             name = record.path.replace(".", "/")
             if isinstance(value, nn.Parameter):
@@ -73,9 +75,35 @@ class TracedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, after the rewrite; arguments as in the traced call."""
-        values = iter(pytree.tree_leaves((args, kwargs)))
+        given = pytree.tree_leaves((args, kwargs))
+        _check_inputs(self._inputs, given)
+        values = iter(given)
         flat = [next(values) if slot is None else getattr(self, slot) for slot in self._slots]
         return pytree.tree_unflatten(list(self.graph_module(*flat)), self._out_spec)
+
+
+def _as_traced(value: Any) -> Any:
+    """Shape (None where it may change) and dtype of a tensor; another value as it is."""
+    if isinstance(value, torch.Tensor):
+        return tuple(size if isinstance(size, int) else None for size in value.shape), value.dtype
+    return value
+
+
+def _check_inputs(traced: list[tuple[str, Any]], given: list[Any]) -> None:
+    """The graph holds the sizes it was traced with; others would run into an error inside, or give wrong numbers."""
+    if len(traced) != len(given):
+        raise ShapeError(wrong("the number of inputs", len(given), f"{len(traced)}, as traced"))
+    for (name, known), value in zip(traced, given, strict=True):
+        if not isinstance(value, torch.Tensor):
+            if not isinstance(known, torch.SymInt) and value != known:
+                raise ShapeError(wrong(f"input {name}", repr(value), f"{known!r}, as traced", "trace with that value"))
+            continue
+        shape, dtype = known
+        fits = len(shape) == value.dim() and all(a in (None, b) for a, b in zip(shape, value.shape, strict=True))
+        if not fits or value.dtype != dtype:
+            legal = f"[{', '.join('any' if size is None else str(size) for size in shape)}] {dtype}"
+            step = "trace with this input, or with dynamic_shapes"
+            raise ShapeError(wrong(f"input {name}", f"{list(value.shape)} {value.dtype}", legal, step))
 
 
 def trace(model: nn.Module, inputs: Any = None, *, dynamic_shapes: Any = None) -> TracedModel:

@@ -10,6 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from mhc_compile import _torch
 from mhc_compile.convert import conversion, plain_forward
 from mhc_compile.errors import CaptureError, MHCError
 from mhc_compile.example_inputs import as_call, derive
@@ -92,7 +93,7 @@ def verify(model: nn.Module, inputs: Any = None) -> Report:
             if state.config.n > 1:
                 checks += _at_step_zero(captured, state.config.n, state.config.tie_shared)
                 checks += _with_its_weights(model, args, kwargs)
-            checks.append(_other_door(model, args, kwargs))
+                checks.append(_other_door(model, args, kwargs))
     finally:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
@@ -152,23 +153,24 @@ def _at_step_zero(captured: Captured, n: int, tie_shared: bool) -> list[Check]:
 
 
 def _with_its_weights(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Check]:
+    state = conversion(model)
     result = rewritten(model, kwargs if kwargs and not args else args)
     oracle = _OracleRun(result.graph)
-    torch.manual_seed(0)
     with torch.no_grad():
-        expected = _floats(oracle.run(*_copies(result.arguments)))
-        torch.manual_seed(0)
-        found = _floats(model(*args, **kwargs))
-    limit = OUTPUT_LIMIT[expected[0].dtype]
+        oracle.run(*_copies(result.arguments))
+    limit = OUTPUT_LIMIT[_narrowest(_floats(result.arguments))]
     ops = max(oracle.worst.values(), default=0.0)
     detail = ", ".join(f"{op} {error:.0e}" for op, error in sorted(oracle.worst.items()))
     checks = [_check("ops = fp64 oracle", ops <= limit, f"{detail} (limit {limit:.0e})")]
-    name = f"compiled ({conversion(model).config.backend}) = op by op"
-    if conversion(model).config.backend == "inductor" and _draws_random_numbers(result.graph):
-        return [
-            *checks,
-            Check(name, "not run", "inductor draws other dropout masks; call model.eval() first"),
-        ]
+    name = f"compiled ({state.config.backend}) = op by op"
+    if state.config.backend == "inductor" and _draws_random_numbers(result.graph):
+        return [*checks, Check(name, "not run", "inductor draws other dropout masks; call model.eval() first")]
+    op_by_op, _ = state.compiled(model, "eager")
+    with torch.no_grad(), _torch.compile_settings():
+        torch.manual_seed(0)
+        expected = _floats(op_by_op(model, *args, **kwargs)[1])
+        torch.manual_seed(0)
+        found = _floats(model(*args, **kwargs))
     worst = max((_difference(a, b) for a, b in zip(expected, found, strict=True)), default=0.0)
     return [*checks, _check(name, worst <= 10 * limit, f"{worst:.1e} of scale (limit {10 * limit:.0e})")]
 
@@ -198,7 +200,11 @@ class _Result:
 
     @property
     def dtype(self) -> torch.dtype:
-        return min((one.dtype for one in self.outputs), key=lambda dtype: dtype.itemsize)
+        return _narrowest(self.outputs)
+
+
+def _narrowest(values: Sequence[Tensor]) -> torch.dtype:
+    return min((one.dtype for one in values), key=lambda dtype: dtype.itemsize)
 
 
 def _run(graph: fx.GraphModule, arguments: Sequence[Any]) -> _Result:

@@ -26,6 +26,10 @@ from mhc_compile.passes.trunks import Site
 from mhc_compile.trace import rewritten
 from random_modules import Case
 
+# Tensors here are tiny: with two threads in each of two pytest workers on two cores, training steps took five
+# times as long. It also makes sums independent of the machine.
+torch.set_num_threads(1)
+
 mhc = torch.ops.mhc
 
 # One site's phi, alpha and bias.

@@ -11,7 +11,7 @@ from torch import nn
 
 import models
 import zoo
-from graphs import counts, found, names, small_model, zoo_model
+from graphs import counts, found, names, zoo_model
 from mhc_compile import RewriteError, mhc_compile
 from mhc_compile.passes.op_kinds import aten
 from mhc_compile.passes.provenance import source_line

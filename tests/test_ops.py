@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mhc_compile.errors import ConfigError, RewriteError, ShapeError
 from mhc_compile.kernels import ops, plain, reference
-
 from tolerances import assert_close
 
 EPS = 0.1  # large: at n C = 1 the gradient of the streams is proportional to it

@@ -441,8 +441,8 @@ _merge_backward.register_autograd(_refuse_double_backward)
 def _anchor(parameters: list[Tensor]) -> Tensor:
     raise RewriteError(
         "this graph was not rewritten: it would have run the plain model instead of the converted one. "
-        'Next: compile with backend="mhc", or call the converted model without an outer export, '
-        "force_eager or TORCHDYNAMO_DISABLE"
+        "Next: call the converted model itself, without an outer export or trace, set_stance('force_eager') or "
+        "TORCHDYNAMO_DISABLE"
     )
 
 

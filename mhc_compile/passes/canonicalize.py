@@ -78,7 +78,8 @@ def _functionalize(gm: fx.GraphModule) -> list[str]:
             continue
         twin = _functional_twin(node)
         if twin is None or _seen_elsewhere(node, sharing, flow):
-            notes.append(f"{node.target} stays in place: another value shares the storage that it writes")
+            if is_float_tensor(node.args[0]):
+                notes.append(f"{node.target} stays in place: another value shares the storage that it writes")
             continue
         target = tensor_of(node.args[0])
         assert target is not None

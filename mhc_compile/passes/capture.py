@@ -235,6 +235,11 @@ def translated(error: Exception, model: nn.Module) -> Exception:
         )
     if isinstance(error, _torch.BackendCompilerFailed):
         return error.inner_exception if isinstance(error.inner_exception, MHCError) else error
+    if "Observed exception" in str(error) or "failed to bind arguments" in str(error):
+        return CaptureError(
+            f"the forward of {name} raises on these inputs, or takes others; call the plain model to see the error",
+            line=_user_line(error),
+        )
     return CaptureError(
         f"{name} does not capture as one graph: {_first_line(error)}. Rewrite that line in tensor ops, move it out of "
         "forward, or convert the submodule that does not contain it",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import fx
 
+_PACKAGE = Path(__file__).parents[1]
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s*(?P<code>[^\n]*)')
 _ROOT = re.compile(r"^(L\['self'\]|L__self__|self)\.?")
 _MODULES_ITEM = re.compile(r"(?:\._modules|\['_modules'\])\['([^']+)'\]|\[['\"]?([^'\"\]]+)['\"]?\]")
@@ -38,11 +39,15 @@ def attribute_path(source: str) -> str:
 
 def source_line(node: fx.Node) -> str:
     """`file.py:12: the code` of the innermost user frame that made the node; '' if the capture kept none."""
-    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    frames = [frame for frame in _FRAME.finditer(node.meta.get("stack_trace") or "") if not _is_ours(frame["file"])]
     if not frames:
         return ""
     frame = frames[-1]
     return f"{_short(frame['file'])}:{frame['line']}: {frame['code'].strip()}"
+
+
+def _is_ours(file: str) -> bool:
+    return Path(file).is_relative_to(_PACKAGE)
 
 
 def _short(file: str) -> str:

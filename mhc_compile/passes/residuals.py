@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from mhc_compile.passes.capture import graph_input
 from mhc_compile.passes.dataflow import Dataflow, is_learned, mixes
 from mhc_compile.passes.op_kinds import (
     CASTS,
@@ -33,7 +34,7 @@ _PEEL_DEPTH = 16  # longest chain of scales, casts and views looked through betw
 NO_ANCESTRY = "no operand is computed from another: a position embedding, a bias, a mask or a sum of branches"
 POINTWISE = "one operand is a pointwise function of the other: a local skip, not a residual branch"
 PROJECTED = "the operands are computed from one value and none is that value: branches, or a projected shortcut"
-BROADCAST = "the skip is broadcast or changes shape at the add"
+BROADCAST = "what could be its skip is broadcast at the add, as a mask or a bias is"
 
 
 @dataclass(frozen=True)
@@ -79,25 +80,49 @@ def is_sum(node: object) -> bool:
     )
 
 
-def add_trees(graph: fx.Graph) -> list[AddTree]:
+def add_trees(graph: fx.Graph, flow: Dataflow) -> list[AddTree]:
     """Every add-tree of a canonical graph, in the order of its roots."""
     interior: set[fx.Node] = set()
     trees = []
     for node in reversed(graph.nodes):
         if is_sum(node) and node not in interior:
-            tree = _grow(node)
+            tree = _without_older_states(node, flow)
             interior.update(tree.interior)
             trees.append(tree)
     return trees[::-1]
 
 
-def _grow(root: fx.Node) -> AddTree:
+def _without_older_states(root: fx.Node, flow: Dataflow) -> AddTree:
+    """The tree of `root`, where `(x + F(x)) + older` keeps its inner merge apart.
+
+    `older` is a value that x is computed from: a long skip, which the branch of the inner merge does not own.
+    """
+    apart: set[fx.Node] = set()
+    while True:
+        tree = _grow(root, apart)
+        split = next((add for add in tree.interior if _adds_older_state(add, tree, flow)), None)
+        if split is None:
+            return tree
+        apart.add(split)
+
+
+def _adds_older_state(add: fx.Node, tree: AddTree, flow: Dataflow) -> bool:
+    inner = _grow(add, set())
+    outside = [leaf for leaf in tree.leaves if leaf not in inner.leaves]
+    if not any(flow.depends(leaf, older) for older in outside for leaf in inner.leaves):
+        return False
+    found, _ = candidates(inner, flow)
+    return any(flow.depends(merge.base, older) for merge in found for older in outside)
+
+
+def _grow(root: fx.Node, apart: set[fx.Node]) -> AddTree:
     interior: list[fx.Node] = []
     leaves: list[fx.Node] = []
     pending = [root]
     while pending:
         node = pending.pop()
-        if node is root or (is_sum(node) and len(node.users) == 1 and same_shape(node, root)):
+        absorbed = is_sum(node) and len(node.users) == 1 and same_shape(node, root) and node not in apart
+        if node is root or absorbed:
             if node is not root:
                 interior.append(node)
             pending.extend(reversed([arg for arg in node.args[:2] if isinstance(arg, fx.Node)]))
@@ -112,6 +137,8 @@ def candidates(tree: AddTree, flow: Dataflow) -> tuple[list[Merge], str]:
     for leaf in tree.leaves:
         others = [other for other in tree.leaves if other is not leaf]
         for base, path in _peel(leaf):
+            if is_fixed(base):
+                continue
             computed = [other for other in others if flow.depends(other, base)]
             branches = tuple(
                 other
@@ -129,6 +156,12 @@ def candidates(tree: AddTree, flow: Dataflow) -> tuple[list[Merge], str]:
     if not found and reason is NO_ANCESTRY and _common_source(tree, flow):
         reason = PROJECTED
     return found, reason
+
+
+def is_fixed(node: fx.Node) -> bool:
+    """The node is a parameter, a buffer or a constant: what every layer reads of it is no state of the model."""
+    record = graph_input(node)
+    return node.op == "get_attr" or (record is not None and record.kind != "input")
 
 
 def _peel(leaf: fx.Node) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...]]]:

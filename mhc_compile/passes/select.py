@@ -14,7 +14,6 @@ import networkx as nx
 from torch import fx
 
 from mhc_compile import _torch
-from mhc_compile.passes.capture import graph_input
 from mhc_compile.passes.dataflow import Dataflow, value_inputs
 from mhc_compile.passes.feature_axis import infer
 from mhc_compile.passes.op_kinds import NORMS, is_float_tensor, is_local, packet, tensor_of
@@ -33,7 +32,6 @@ from mhc_compile.passes.residuals import (
 LONG_SKIP = "a long skip: it adds an older state of the trunk, read out, to every stream"
 AROUND = "a long skip around a trunk of {count} sites: the trunk is read out and added as it is"
 INSIDE = "a local skip inside the branch of the add at {line}; only the outermost merges chain into a trunk"
-FIXED = "the skip is a parameter or a constant, not a state of the model"
 WRITTEN = "an op writes in place into the storage of its skip or of its sum, through another view"
 NO_GRAD = "it stands in a no-grad region, where the parameters of a site could not be trained"
 
@@ -69,7 +67,7 @@ class _Readings:
 
 def _read(graph: fx.Graph, flow: Dataflow, refused: list[Refusal]) -> _Readings:
     """One pass in graph order, so that the chain behind each leaf is known when its tree is read."""
-    trees = {tree.root: tree for tree in add_trees(graph)}
+    trees = {tree.root: tree for tree in add_trees(graph, flow)}
     readings = _Readings()
     for node in flow.nodes:
         if node in trees:
@@ -102,9 +100,6 @@ def _choose(tree: AddTree, flow: Dataflow, readings: _Readings, refused: list[Re
 
 
 def _unusable(merge: Merge, flow: Dataflow) -> str | None:
-    record = graph_input(merge.base)
-    if merge.base.op == "get_attr" or (record is not None and record.kind != "input"):
-        return FIXED
     if any(flow.is_mutated(node) for node in (merge.base, *merge.path, merge.root)):
         return WRITTEN
     return NO_GRAD if flow.has(flow.without_grad, merge.root) else None
@@ -231,6 +226,11 @@ class _Chains:
         after = nx.descendants(self.forest, merge) | {merge}
         return [one for one in after if self.forest.out_degree(one) == 0]
 
+    def behind_others(self, merge: Merge) -> bool:
+        """Every way from the base of a merge to its branches passes the sum of another merge."""
+        others = [self.by_root[root] for root in self.flow.members(self.branch[merge] & self.roots)]
+        return bool(others) and self.cut_by(merge, others)
+
     def cut_by(self, merge: Merge, inner: list[Merge]) -> bool:
         """Every way from the base of a merge to its branches passes the sum of some merge of `inner`."""
         branch = self.branch[merge]
@@ -295,14 +295,16 @@ def _nested(inner: Merge, outer: Merge, chains: _Chains) -> bool:
     """The chain of `inner` starts in the branch of `outer` and is seen nowhere outside it.
 
     A chain that goes on outside is a trunk of its own that the branch happens to read. A merge without a chain
-    whose skip comes from outside (a shared bias that looks like a skip) belongs to the branch that it ends in.
+    whose skip comes from outside, and whose branch comes from it only by way of other merges (a shared bias that
+    looks like a skip), belongs to the branch that it ends in.
     """
     flow, branch = chains.flow, chains.branch[outer]
     if not flow.has(branch, inner.root):
         return False
     first = chains.first_within(inner, branch)
     last = chains.last(inner)
-    alone = first is inner and last == [inner] and chains.before(inner) is None
+    alone = first is inner and last == [inner] and chains.before(inner) is None and chains.behind_others(inner)
     if not (alone or first.base is outer.base or flow.has(branch, first.base)):
         return False
-    return all(flow.has(branch, user) for merge in last for user in merge.root.users)
+    sums = {outer.root, *outer.tree.interior}
+    return all(user in sums or flow.has(branch, user) for merge in last for user in merge.root.users)
