@@ -139,10 +139,7 @@ def test_opcheck_of_backwards(name: str) -> None:
 @pytest.mark.parametrize("lead", [(), (1,), (3, 2), (0,)])
 @pytest.mark.parametrize("name", NAMES + BACKWARDS)
 def test_fake_has_the_real_strides(name: str, lead: tuple[int, ...], n: int) -> None:
-    if name in NAMES:
-        args = inputs(name, lead, n, 1, torch.float32)
-    else:
-        args = backward_inputs(name, n=n, c=1, lead=lead)
+    args = inputs(name, lead, n, 1, torch.float32) if name in NAMES else backward_inputs(name, n=n, c=1, lead=lead)
     op = getattr(torch.ops.mhc, name)
     real = as_tuple(op(*args))
     with FakeTensorMode() as mode:
@@ -183,8 +180,7 @@ def test_f_may_be_narrower_than_the_streams() -> None:
     assert torch.equal(merged[:, 0], streams[:, 0] + f)
     check(
         "merge",
-        inputs("merge", (7,), 4, 9, torch.float32)[:1]
-        + (f[:, :9], *inputs("merge", (7,), 4, 9, torch.float32)[2:]),
+        (*inputs("merge", (7,), 4, 9, torch.float32)[:1], f[:, :9], *inputs("merge", (7,), 4, 9, torch.float32)[2:]),
     )
 
 
@@ -270,7 +266,7 @@ def test_products_stay_fp32(name: str, precision: str) -> None:
 
 def test_gradients_do_not_change_from_run_to_run() -> None:
     args = inputs("coefficients", (500,), 4, 16, torch.bfloat16)
-    first, grads, a = run(ops.coefficients, args)
+    _first, grads, a = run(ops.coefficients, args)
     for _ in range(3):
         for x, y in zip(a, run(ops.coefficients, args, grads)[2], strict=True):
             assert torch.equal(x, y)

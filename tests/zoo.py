@@ -9,6 +9,7 @@ REFERENCE  models that are mHC already: a conversion refuses them, the "mhc" bac
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -54,10 +55,8 @@ def hf(model: str, config: str, **options: Any) -> Build:
 
         torch.manual_seed(0)
         made = getattr(transformers, config)(**options)
-        try:
+        with contextlib.suppress(Exception):  # models with no choice of attention
             made._attn_implementation = "eager"
-        except Exception:  # models with no choice of attention
-            pass
         return getattr(transformers, model)(made).eval()
 
     return build

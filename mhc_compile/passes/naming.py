@@ -8,12 +8,14 @@ application alone, and so is the same for every shape, in training and in evalua
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 
 from torch import fx
 
 from mhc_compile.passes.dataflow import Dataflow, is_trainable, parameter_behind
-from mhc_compile.passes.op_kinds import CONVOLUTIONS, PRODUCTS, is_local, packet
+from mhc_compile.passes.op_kinds import CASTS, CONVOLUTIONS, COPIES, DROPOUTS, PRODUCTS, is_local, packet
 from mhc_compile.passes.provenance import module_path
+from mhc_compile.passes.residuals import is_sum
 from mhc_compile.passes.trunks import Site, Trunk
 
 _RESERVED = {"phi", "alpha", "bias"}
@@ -34,10 +36,19 @@ def name_sites(trunks: list[Trunk], flow: Dataflow, *, tie_shared: bool = False)
 
 def _stem(site: Site, flow: Dataflow) -> str:
     adder = module_path(site.merge.root).split(".") if module_path(site.merge.root) else []
-    owners = {name for leaf in site.merge.branches if (name := _owner(leaf, site, flow, adder))}
+    owners = {name for leaf in _parts(site.merge.branches) if (name := _owner(leaf, site, flow, adder))}
     if len(owners) == 1:
         return owners.pop()
     return ".".join(adder) or "root"  # parallel branches of several modules: the one that adds them
+
+
+def _parts(leaves: Sequence[fx.Node]) -> Iterator[fx.Node]:
+    """The branches that the leaves are sums of, looking through casts and dropout."""
+    for leaf in leaves:
+        if is_sum(leaf) or any(packet(leaf) in kind for kind in (CASTS, COPIES, DROPOUTS)):
+            yield from _parts([source for source in leaf.args[:2] if isinstance(source, fx.Node)])
+        else:
+            yield leaf
 
 
 def _owner(leaf: fx.Node, site: Site, flow: Dataflow, adder: list[str]) -> str:

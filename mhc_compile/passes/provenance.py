@@ -8,7 +8,9 @@ from pathlib import Path
 from torch import fx
 
 _PACKAGE = Path(__file__).parents[1]
-_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s*(?P<code>[^\n]*)')
+_FRAME = re.compile(
+    r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)(?:\n(?!\s*File ")\s*(?P<code>[^\n]*))?'
+)
 _ROOT = re.compile(r"^(L\['self'\]|L__self__|self)\.?")
 _MODULES_ITEM = re.compile(r"(?:\._modules|\['_modules'\])\['([^']+)'\]|\[['\"]?([^'\"\]]+)['\"]?\]")
 _SOURCE_ITEM = re.compile(
@@ -43,7 +45,7 @@ def source_line(node: fx.Node) -> str:
     if not frames:
         return ""
     frame = frames[-1]
-    return f"{_short(frame['file'])}:{frame['line']}: {frame['code'].strip()}"
+    return f"{_short(frame['file'])}:{frame['line']}: {(frame['code'] or '').strip()}"
 
 
 def _is_ours(file: str) -> bool:

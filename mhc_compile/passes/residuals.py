@@ -34,6 +34,7 @@ _PEEL_DEPTH = 16  # longest chain of scales, casts and views looked through betw
 NO_ANCESTRY = "no operand is computed from another: a position embedding, a bias, a mask or a sum of branches"
 POINTWISE = "one operand is a pointwise function of the other: a local skip, not a residual branch"
 PROJECTED = "the operands are computed from one value and none is that value: branches, or a projected shortcut"
+FIXED = "the skip is a parameter or a constant, not a state of the model"
 BROADCAST = "what could be its skip is broadcast at the add, as a mask or a bias is"
 
 
@@ -137,8 +138,6 @@ def candidates(tree: AddTree, flow: Dataflow) -> tuple[list[Merge], str]:
     for leaf in tree.leaves:
         others = [other for other in tree.leaves if other is not leaf]
         for base, path in _peel(leaf):
-            if is_fixed(base):
-                continue
             computed = [other for other in others if flow.depends(other, base)]
             branches = tuple(
                 other
@@ -146,7 +145,9 @@ def candidates(tree: AddTree, flow: Dataflow) -> tuple[list[Merge], str]:
                 if _branches_off(base, path, other, flow)
                 and not (is_statistic(base, other, flow) and not same_shape(other, tree.root))
             )
-            if branches and not same_shape(leaf, tree.root):
+            if branches and is_fixed(base):
+                reason = FIXED if same_shape(leaf, tree.root) else reason
+            elif branches and not same_shape(leaf, tree.root):
                 reason = BROADCAST
             elif branches:
                 found.append(Merge(tree, base, leaf, path, branches))

@@ -1,0 +1,158 @@
+"""Models and calls at the edge of what is promised: what is special there is kept, or refused in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mhc_compile import CaptureError, ConfigError, ShapeError, explain, mhc_compile, observe, trace, verify
+from zoo import ZOO
+
+X = torch.linspace(-2, 2, 64).reshape(4, 16)
+
+
+class Block(nn.Module):
+    """A pre-norm residual block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.linear(self.norm(x)))
+
+
+class HalfFrozen(nn.Module):
+    """Two blocks that run without gradients, then two that train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.ModuleList([Block(), Block()])
+        self.trained = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for block in self.frozen:
+                x = block(x)
+        for block in self.trained:
+            x = block(x)
+        return x
+
+
+class Tapped(nn.Module):
+    """`tap + (x + F(x))`: a sum that must be read as an inner merge and an older state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = x
+        x = x + torch.tanh(self.a(x))
+        x = x + torch.tanh(self.b(x))
+        return x + start
+
+
+class Pooled(nn.Module):
+    """A mean over positions by the size seen while tracing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.linear(x)).sum(1) / x.shape[1]
+
+
+def scramble(model: nn.Module) -> None:
+    """Move the mHC parameters away from the identity."""
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.get_submodule("mhc").parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+
+
+def test_no_grad_regions_stay_plain_with_gradients_off_too() -> None:
+    torch.manual_seed(0)
+    model = HalfFrozen()
+    mhc_compile(model, 4, example_inputs=X, backend="eager")
+    assert {name.split(".")[0] for name, _ in model.get_submodule("mhc").named_parameters()} == {"trained"}
+    scramble(model)
+    expected = model(X)
+    with torch.no_grad():
+        assert torch.equal(model(X), expected)
+    with torch.inference_mode():
+        assert torch.equal(model(X), expected)
+
+
+def test_an_older_state_beside_a_merge_is_a_long_skip() -> None:
+    found = explain(Tapped(), X)
+    assert (len(found.sites), len(found.trunks)) == (2, 1)
+    assert [refusal.reason for refusal in found.refused] == [
+        "a long skip: it adds an older state of the trunk, read out, to every stream"
+    ]
+
+
+def test_a_sequential_root_runs_and_keeps_its_function() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), Block())
+    expected = model(X)
+    mhc_compile(model, 4, example_inputs=X, backend="eager")
+    assert torch.allclose(model(X), expected, atol=1e-5)
+    scramble(model)
+    assert verify(model, X)
+
+
+def test_a_traced_model_refuses_other_shapes() -> None:
+    model = Pooled()
+    mhc_compile(model, 4, example_inputs=X.reshape(1, 4, 16), backend="eager")
+    traced = trace(model, X.reshape(1, 4, 16))
+    assert torch.allclose(traced(X.reshape(1, 4, 16)), model(X.reshape(1, 4, 16)), atol=1e-6)
+    with pytest.raises(ShapeError, match=r"\[1, 2, 16\].*dynamic_shapes"):
+        traced(X[:2].reshape(1, 2, 16))
+
+
+def test_verify_with_a_key_value_cache() -> None:
+    build = next(build for name, build, _ in ZOO if name == "llama")
+    model = mhc_compile(build(), 4, backend="eager")
+    report = verify(model)
+    assert report
+    assert any(check.status == "not run" and "DynamicCache" in check.detail for check in report.checks)
+
+
+def test_one_stream_has_no_coefficients_to_observe() -> None:
+    model = mhc_compile(Block(), 1, example_inputs=X, backend="eager")
+    with pytest.raises(ConfigError, match="n is 1"):
+        observe(model, X)
+    assert verify(model, X)
+
+
+def test_wrong_arguments_are_not_called_a_graph_break() -> None:
+    with pytest.raises(CaptureError, match="takes others"):
+        mhc_compile(Block(), 4, example_inputs=(X, X), backend="eager")
+
+
+def test_ddp_with_tiny_buckets_gives_the_mhc_output(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), Block(), Block())
+    plain = model(X)
+    mhc_compile(model, 4, example_inputs=X, backend="aot_eager")
+    scramble(model)
+    expected = model(X)
+    assert not torch.allclose(expected, plain, atol=1e-3)
+    torch._dynamo.reset()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(model, bucket_cap_mb=0.001)
+        output = wrapped(X)
+        assert torch.equal(output, expected)
+        output.sum().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+    finally:
+        dist.destroy_process_group()
