@@ -64,6 +64,10 @@ class Conversion:
         self.backend: ConvertingBackend | None = None
         self._compiled: Callable[..., Any] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles compile anew."""
+        return {**self.__dict__, "backend": None, "_compiled": None}
+
     def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The converted forward."""
         if torch.compiler.is_exporting():
@@ -246,8 +250,23 @@ def _subclass(original: type[nn.Module]) -> type[nn.Module]:
         return self.__dict__[_STATE].run(self, args, kwargs)
 
     _torch.outside_dynamo(forward, _INLINED)
-    body = {"forward": forward, "__module__": original.__module__, "__qualname__": original.__qualname__}
+
+    def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+        return _rebuild, (original,), dict(self.__dict__)
+
+    body = {
+        "forward": forward,
+        "__reduce_ex__": reduce,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+    }
     return type(original.__name__, (original,), body)
+
+
+def _rebuild(original: type[nn.Module]) -> nn.Module:
+    """An empty converted model for pickle and copy to fill: they find classes by name, and that is the original's."""
+    made = _subclass(original)  # type: ignore[arg-type]
+    return made.__new__(made)
 
 
 def is_converted(model: nn.Module) -> bool:

@@ -187,7 +187,7 @@ def test_tied_conversion_has_one_site_a_layer() -> None:
 
 
 class _NameClash(nn.Module):
-    """A branch that is a bare parameter of a module whose own submodule is a branch too."""
+    """A branch whose module is called like a parameter of a site."""
 
     def __init__(self) -> None:
         super().__init__()
