@@ -10,6 +10,7 @@ Passes: the seconds of canonicalising, finding and rewriting graphs of growing d
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -28,7 +29,7 @@ from mhc_compile.passes.capture import just_in_time
 from mhc_compile.passes.emit import copy_graph
 from mhc_compile.passes.rewrite import analyze, rewrite
 
-DEPTHS = (12, 24, 48, 96)  # layers; a layer has two sites
+DEPTHS = (24, 48, 96, 192)  # layers; a layer has two sites
 
 
 def llama(layers: int, width: int = 128) -> nn.Module:
@@ -63,6 +64,7 @@ def first_call(model: nn.Module) -> float:
 def compare_first_calls(layers: int, backend: str, rounds: int) -> dict[str, Any]:
     """Plain and converted in turn; best of some rounds each, without what conversion itself takes."""
     plain_times, converted_times, conversion_times = [], [], []
+    first_call(torch.compile(llama(1), backend=backend))  # what a process pays once: imports, compiler checks
     for _ in range(rounds):
         _forget_compilations()
         plain_times.append(first_call(torch.compile(llama(layers), backend=backend, fullgraph=True)))
@@ -105,6 +107,7 @@ def pass_times(depths: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
 
 
 def _run_passes(graph: torch.fx.GraphModule) -> float:
+    gc.collect()
     start = time.perf_counter()
     analysis = analyze(graph)
     look_up, _ = bind_parameters(graph, analysis.sites, 4)
@@ -126,7 +129,7 @@ def main() -> None:
         else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "passes": pass_times(DEPTHS, options.rounds),
+        "passes": pass_times(DEPTHS, 3),
         "first_call": compare_first_calls(options.layers, options.backend, options.rounds),
     }
     text = json.dumps(result, indent=2)
