@@ -29,14 +29,14 @@ class ConvertingBackend:
     """Rewrites the graph of a converted model's forward, then compiles it.
 
     sites: the names of the model's sites; parameters: the names (`site.phi`, ...) of what its anchor lists, in order;
-    skips_no_grad: the conversion refused adds because they stand in a no-grad region. Keeps the pass records of every
-    compilation in `history`.
+    skips_no_grad: module and source line of the adds that the conversion refused in no-grad regions. Keeps the pass
+    records of every compilation in `history`.
     """
 
     config: MHCConfig
     sites: list[str]
     parameters: list[str]
-    skips_no_grad: bool = False
+    skips_no_grad: frozenset[tuple[str, str]] = frozenset()
     history: list[PassRecord] = field(default_factory=list)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -62,8 +62,10 @@ class ConvertingBackend:
         if self.config.n == 1:
             return []  # the plain add, bit for bit: not even its spelling changes
         analysis = analyze(graph, tie_shared=self.config.tie_shared)
-        extra = {site.name for site in analysis.sites} - set(self.sites)
-        if extra and self.skips_no_grad and not torch.is_grad_enabled():
+        extra = {site.name for site in analysis.sites if (site.module, site.line) in self.skips_no_grad} - set(
+            self.sites
+        )
+        if extra and not torch.is_grad_enabled():
             # with gradients off everywhere a no-grad region leaves no trace in the graph
             analysis = leave_plain(analysis, extra, tie_shared=self.config.tie_shared)
         keep_sites(analysis, self.sites)
@@ -106,8 +108,5 @@ def mhc(gm: fx.GraphModule, example_inputs: list[Any], *, options: Any = None, m
                 f'backend="mhc" recognises the mHC at {where} but has no fused form for it yet; inductor compiles it',
                 stacklevel=2,
             )
-    return (
-        torch._inductor.compile(gm, example_inputs, options=options)
-        if options
-        else _torch.lookup_backend("inductor")(gm, example_inputs)
-    )
+    chosen = {**(torch._inductor.list_mode_options(mode) if mode else {}), **(options or {})}
+    return torch._inductor.compile(gm, example_inputs, options=chosen)

@@ -19,7 +19,7 @@ from mhc_compile.example_inputs import as_call, derive
 from mhc_compile.hyper_connection import HyperConnection
 from mhc_compile.passes.capture import DYNAMO_ERRORS, just_in_time, translated
 from mhc_compile.passes.history import PassRecord
-from mhc_compile.passes.provenance import source_line
+from mhc_compile.passes.provenance import module_path, source_line
 from mhc_compile.passes.residuals import Refusal
 from mhc_compile.passes.rewrite import Analysis, analyze
 from mhc_compile.passes.select import NO_GRAD
@@ -57,7 +57,11 @@ class Conversion:
     """The state of a converted model: its options, its sites, its original class and its compiled forward."""
 
     def __init__(
-        self, original: type[nn.Module], config: MHCConfig, sites: list[SiteRecord], skips_no_grad: bool
+        self,
+        original: type[nn.Module],
+        config: MHCConfig,
+        sites: list[SiteRecord],
+        skips_no_grad: frozenset[tuple[str, str]],
     ) -> None:
         self.original, self.config, self.sites = original, config, sites
         self.skips_no_grad = skips_no_grad
@@ -151,7 +155,9 @@ def mhc_compile(
     analysis = analyze(just_in_time(original_forward, model, args, kwargs).graph, tie_shared=config.tie_shared)
     refuse_unfit(model, analysis)
     sites = [] if config.n == 1 else _unique([_record(site) for site in analysis.sites])
-    skips_no_grad = any(refusal.reason == NO_GRAD for refusal in analysis.refused)
+    skips_no_grad = frozenset(
+        (module_path(one.node), source_line(one.node)) for one in analysis.refused if one.reason == NO_GRAD
+    )
     _attach(model, config, sites, skips_no_grad)
     return model
 
@@ -212,7 +218,9 @@ def _unique(records: list[SiteRecord]) -> list[SiteRecord]:
     return list(first.values())
 
 
-def _attach(model: nn.Module, config: MHCConfig, sites: list[SiteRecord], skips_no_grad: bool) -> None:
+def _attach(
+    model: nn.Module, config: MHCConfig, sites: list[SiteRecord], skips_no_grad: frozenset[tuple[str, str]]
+) -> None:
     original = type(model)
     tree = SiteTree()
     device = next((parameter.device for parameter in model.parameters()), None)
