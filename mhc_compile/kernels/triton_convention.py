@@ -1,0 +1,94 @@
+"""What the kernels of a site take and give: the convention of a model, the coefficients, the gradients.
+
+No triton here: this may be imported where it is not installed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mhc_compile.errors import ConfigError, wrong
+
+RES_FORMS = ("sinkhorn", "logits", "none")
+
+
+def check_iterations(iterations: int) -> None:
+    if iterations < 1:
+        raise ConfigError(wrong("iterations", iterations, "an integer >= 1", "the paper uses 20"))
+
+
+@dataclass(frozen=True)
+class Convention:
+    """::
+
+        r    = sqrt(mean(X^2 over n C) + rms_eps)       z = vec(X) @ phi
+        pre  = sigmoid(alpha_0 z_pre / r + b_pre) + pre_eps
+        post = post_scale sigmoid(alpha_1 z_post / r + b_post) + post_eps        (if there is a post)
+        res  = the logits alpha_2 z_res / r + b_res, through Sinkhorn or as they are, or no res
+
+    ``transposed``: logits and res are [in, out].  ``divisor_eps``: see ``triton_sinkhorn``.
+    ``round_coefficients``: post and res are rounded to streams' dtype where they multiply streams.
+    """
+
+    res: str = "sinkhorn"
+    post: bool = True
+    iterations: int = 20
+    transposed: bool = False
+    divisor_eps: float = 0.0
+    rms_eps: float = 1e-6
+    pre_eps: float = 0.0
+    post_scale: float = 2.0
+    post_eps: float = 0.0
+    round_coefficients: bool = False
+
+    def __post_init__(self) -> None:
+        if self.res not in RES_FORMS:
+            raise ConfigError(wrong("res", repr(self.res), ", ".join(map(repr, RES_FORMS)), "the paper has 'sinkhorn'"))
+        check_iterations(self.iterations)
+        if self.res != "none" and not self.post:
+            raise ConfigError(wrong("post", False, "True where there is a res", "pass res='none' for a head"))
+
+    @property
+    def groups(self) -> int:
+        """How many scales alpha has: pre, post, res."""
+        return 1 + self.post + (self.res != "none")
+
+    def columns(self, n: int) -> int:
+        """How many columns phi has."""
+        return n * (1 + self.post) + n * n * (self.res != "none")
+
+    @property
+    def mix(self) -> str:
+        """How ``merge`` has to read res."""
+        if self.res == "none":
+            return "identity" if self.post else "none"
+        return "transposed" if self.transposed else "given"
+
+
+PAPER = Convention()
+DEEPSEEK_V4 = Convention(transposed=True, divisor_eps=1e-6, pre_eps=1e-6, round_coefficients=True)
+HUNYUAN_V4 = Convention(res="none", pre_eps=1e-6, post_eps=1e-6)
+HEAD = Convention(res="none", post=False, pre_eps=1e-6)
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """What a site computes from the streams, float32; ``z`` [columns, T] and ``r`` [T] are kept for its backward."""
+
+    pre: Tensor
+    post: Tensor | None
+    res: Tensor | None
+    z: Tensor
+    r: Tensor
+
+
+@dataclass(frozen=True)
+class SiteGradients:
+    """What the backward of a site gives; streams in their own dtype, the parameters in float32."""
+
+    streams: Tensor
+    phi: Tensor
+    alpha: Tensor
+    bias: Tensor

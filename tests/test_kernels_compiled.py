@@ -1,0 +1,281 @@
+"""The Triton kernels compiled for devices that are not there: registers, instructions, on-chip memory, traffic.
+
+No device is needed, and nothing runs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiles, which the interpreter cannot", allow_module_level=True)
+
+from kernel_compiler import Compiled, Target, compile_for
+from mhc_compile.errors import ShapeError
+from mhc_compile.kernels import triton_launch, triton_streams_backward
+from mhc_compile.kernels.triton_aggregate import aggregate
+from mhc_compile.kernels.triton_coefficients import read
+from mhc_compile.kernels.triton_convention import DEEPSEEK_V4, HEAD, HUNYUAN_V4, PAPER, Convention
+from mhc_compile.kernels.triton_expand import expand, expand_backward
+from mhc_compile.kernels.triton_head import head, head_backward
+from mhc_compile.kernels.triton_implicit import sinkhorn_implicit_backward
+from mhc_compile.kernels.triton_launch import Launch, record
+from mhc_compile.kernels.triton_merge import merge
+from mhc_compile.kernels.triton_merge_backward import merge_backward
+from mhc_compile.kernels.triton_sinkhorn import sinkhorn, sinkhorn_backward
+from mhc_compile.kernels.triton_site_backward import site_backward
+from mhc_compile.kernels.triton_traffic import table, traffic
+
+A100, H200, B200 = Target("80", 163 << 10), Target("90", 227 << 10), Target("100", 227 << 10)
+MI300 = Target("gfx942", 64 << 10)
+CONSUMER = Target("120", 99 << 10)
+TOKENS, FEATURES = 8192, 1280
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def forward(n: int, dtype: torch.dtype, convention: Convention, t: int = TOKENS, c: int = FEATURES) -> list[Launch]:
+    k = convention.columns(n)
+    parameters = meta(n * c, k), meta(convention.groups), meta(k)
+    streams = meta(t, n, c, dtype=dtype)
+    with record(run=False) as launches:
+        u, site = read(streams, *parameters, convention)
+        if site.post is not None:
+            merge(streams, u, site.post, site.res, convention.mix, convention.round_coefficients)
+    return launches
+
+
+def backward(n: int, dtype: torch.dtype, convention: Convention, t: int = TOKENS, c: int = FEATURES) -> list[Launch]:
+    k = convention.columns(n)
+    parameters = meta(n * c, k), meta(convention.groups), meta(k)
+    streams = meta(t, n, c, dtype=dtype)
+    with record(run=False):
+        u, site = read(streams, *parameters, convention)
+    with record(run=False) as launches:
+        if site.post is None:
+            head_backward(u, streams, parameters, site, convention)
+        else:
+            rounds = convention.round_coefficients
+            _, dpost, dres = merge_backward(streams, streams, u, site.post, convention.mix, rounds)
+            site_backward(streams, parameters, site, convention, grad=streams, du=u, grad_post=dpost, grad_res=dres)
+    return launches
+
+
+def others(n: int, dtype: torch.dtype) -> list[Launch]:
+    streams, u, logits = meta(TOKENS, n, FEATURES, dtype=dtype), meta(TOKENS, FEATURES, dtype=dtype), meta(TOKENS, n, n)
+    with record(run=False) as launches:
+        aggregate(streams, meta(TOKENS, n))
+        expand(u, n)
+        expand_backward(streams)
+        sinkhorn(logits, 20)
+        sinkhorn_backward(logits, logits, 20)
+        sinkhorn_implicit_backward(logits, logits, 20)
+    return launches
+
+
+def compiled(launches: list[Launch], target: Target) -> dict[str, Compiled]:
+    """By the kernel's name: without spills, small enough for the device, and short enough to compile in seconds."""
+    found = {launch.name: compile_for(launch, target) for launch in launches}
+    for name, result in found.items():
+        assert result.spills == 0, f"{name} spills {result.spills} on {target.name}"
+        assert result.shared <= target.shared_memory, f"{name} takes {result.shared} bytes on {target.name}"
+        assert result.text.count("\n") < 12000, name
+    return found
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[Target], None]:
+    """Makes launches be those of another device."""
+
+    def choose(target: Target) -> None:
+        monkeypatch.setattr(torch.version, "hip", "7.0" if target.is_amd else None)
+        monkeypatch.setattr(triton_streams_backward, "shared_memory", lambda device: target.shared_memory)
+
+    return choose
+
+
+def check_instructions(found: dict[str, Compiled], target: Target, streams: dict[str, int]) -> None:
+    """Loads of 16 bytes where memory is what counts, and matrix instructions where there are products.
+
+    ``streams``: how many arrays as long as a stream each kernel reads.
+    """
+    for name, result in found.items():
+        if name in streams:
+            wide = r"_load_dwordx4" if target.is_amd else r"ld\.global\S*\.v[48]"
+            assert result.count(wide) >= streams[name], name
+    products = {"gfx942": r"v_mfma", "80": r"mma\.sync", "90": r"wgmma\.mma_async", "100": r"tcgen05\.mma|mma\.sync"}
+    copied = r"_load_dwordx4" if target.is_amd else r"cp\.async\.c[ag]\.shared\.global.*, 0x10"
+    for name in found.keys() & {"project", "streams_backward"}:
+        assert found[name].count(products[target.name] if name == "project" else r"mma\.sync|v_mfma") > 0, name
+        assert found[name].count(copied) >= 3, name
+
+
+READS = {
+    "finish": 4,
+    "merge": 5,
+    "merge_backward": 9,
+    "coefficients_backward": 5,
+    "aggregate": 4,
+    "sum": 4,
+    "broadcast": 1,
+}
+
+
+@pytest.mark.parametrize("target", [A100, H200, B200, MI300], ids=lambda t: t.name)
+@pytest.mark.parametrize("direction", [forward, backward])
+def test_a_site_of_four_streams(
+    direction: Callable[..., list[Launch]], target: Target, on: Callable[[Target], None]
+) -> None:
+    on(target)
+    found = compiled(direction(4, torch.bfloat16, PAPER), target)
+    check_instructions(found, target, READS)
+
+
+def some(launches: list[Launch], *names: str) -> list[Launch]:
+    return [launch for launch in launches if launch.name in names]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "target"),
+    [
+        (torch.float16, H200),
+        (torch.float32, H200),
+        (torch.float32, A100),
+        (torch.float32, B200),
+        (torch.float32, MI300),
+    ],
+    ids=str,
+)
+def test_other_dtypes(dtype: torch.dtype, target: Target, on: Callable[[Target], None]) -> None:
+    on(target)
+    launches = forward(4, dtype, PAPER) + backward(4, dtype, PAPER)
+    names = ["project", "streams_backward"] + ["merge", "merge_backward"] * (target is H200)
+    check_instructions(compiled(some(launches, *names), target), target, READS)
+
+
+def test_other_conventions(on: Callable[[Target], None]) -> None:
+    on(H200)
+    deepseek = forward(4, torch.bfloat16, DEEPSEEK_V4) + backward(4, torch.bfloat16, DEEPSEEK_V4)
+    check_instructions(compiled(some(deepseek, "finish", "merge", "coefficients_backward"), H200), H200, READS)
+    hunyuan = forward(4, torch.bfloat16, HUNYUAN_V4) + backward(4, torch.bfloat16, HUNYUAN_V4)
+    found = compiled(some(hunyuan, "merge", "merge_backward", "streams_backward"), H200)
+    check_instructions(found, H200, {**READS, "merge_backward": 5})
+    a_head = forward(4, torch.bfloat16, HEAD) + backward(4, torch.bfloat16, HEAD)
+    check_instructions(compiled(a_head, H200), H200, READS)
+
+
+def test_other_kernels(on: Callable[[Target], None]) -> None:
+    on(H200)
+    found = compiled(others(4, torch.bfloat16), H200)
+    check_instructions(found, H200, READS)
+    for name in ("sinkhorn", "sinkhorn_backward"):
+        assert found[name].count(r"shfl|bar\.sync") == 0  # a token stays in its thread
+
+
+def test_little_on_chip_memory(on: Callable[[Target], None]) -> None:
+    """Consumer cards have 99 KiB."""
+    on(CONSUMER)
+    for dtype in (torch.bfloat16, torch.float32):
+        launches = forward(4, dtype, PAPER) + backward(4, dtype, PAPER)
+        compiled(some(launches, "project", "streams_backward"), CONSUMER)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_fewer_streams(n: int, on: Callable[[Target], None]) -> None:
+    on(H200)
+    launches = forward(n, torch.bfloat16, PAPER) + backward(n, torch.bfloat16, PAPER)
+    compiled(launches if n == 1 else some(launches, "project", "merge_backward", "streams_backward"), H200)
+
+
+@pytest.mark.parametrize("n", [8, 16])
+def test_more_streams_compile(n: int, on: Callable[[Target], None]) -> None:
+    on(H200)
+    launches = forward(n, torch.bfloat16, PAPER) + backward(n, torch.bfloat16, PAPER)
+    for launch in launches if n == 8 else some(launches, "merge", "merge_backward_wide", "wide_backward", "project"):
+        result = compile_for(launch, H200)
+        assert result.shared <= H200.shared_memory and result.text.count("\n") < 12000, launch.name
+
+
+def test_few_tokens_and_odd_features(on: Callable[[Target], None]) -> None:
+    """One token, as in decoding; and rows that are not aligned to anything, which may spill a little."""
+    on(H200)
+    compiled(some(forward(4, torch.bfloat16, DEEPSEEK_V4, 1, 4096), "project", "finish", "merge"), H200)
+    odd = forward(4, torch.bfloat16, HUNYUAN_V4, 77, 129) + backward(4, torch.bfloat16, HUNYUAN_V4, 77, 129)
+    assert all(compile_for(launch, H200).spills < 100 for launch in odd)
+
+
+def test_number_of_tokens_is_no_constant() -> None:
+    """Nothing is compiled again for another number of tokens, within the two ranges of tiles."""
+
+    def constants(t: int) -> list[object]:
+        launches = forward(4, torch.bfloat16, PAPER, t) + backward(4, torch.bfloat16, PAPER, t)
+        return [
+            {p.name: launch.arguments[p.name] for p in launch.kernel.params if p.is_constexpr} for launch in launches
+        ]
+
+    assert constants(4096) == constants(8192) == constants(100_000)
+    assert constants(64) == constants(2048)
+
+
+def test_fusion_of_multiply_and_add_is_asked_for() -> None:
+    launches = forward(4, torch.bfloat16, PAPER) + backward(4, torch.bfloat16, PAPER) + others(4, torch.bfloat16)
+    assert all(launch.options["enable_fp_fusion"] is True for launch in launches)
+
+
+# --- traffic ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tokens", "features", "share"), [(4096, 1280, 0.07), (8192, 1280, 0.04), (8192, 4096, 0.02)])
+def test_traffic_of_a_site(tokens: int, features: int, share: float) -> None:
+    """18 units forward and 28 backward; what is not streams is a few percent beside them."""
+    for direction, units in ((forward, 18), (backward, 28)):
+        rows = traffic(direction(4, torch.bfloat16, PAPER, tokens, features), tokens, features)
+        assert rows[-1].units == units == sum(row.units for row in rows[:-1]), table(rows)
+        assert rows[-1].other_bytes < share * units * tokens * features * 2, table(rows)
+
+
+def test_traffic_of_each_launch() -> None:
+    launches = forward(4, torch.bfloat16, PAPER) + backward(4, torch.bfloat16, PAPER)
+    rows = {row.name: (row.read, row.written) for row in traffic(launches, TOKENS, FEATURES)}
+    assert rows["project"] == (4, 0) and rows["finish"] == (4, 1) and rows["merge"] == (5, 4)
+    assert rows["merge_backward"] == (9, 1) and rows["coefficients_backward"] == (5, 0)
+    assert rows["streams_backward"] == (9, 4) and rows["add_shares"] == rows["pack"] == (0, 0)
+    assert "streams_backward" in table(traffic(launches, TOKENS, FEATURES))
+
+
+def test_traffic_without_mixing() -> None:
+    launches = forward(4, torch.bfloat16, HUNYUAN_V4) + backward(4, torch.bfloat16, HUNYUAN_V4)
+    assert traffic(launches, TOKENS, FEATURES)[-1].units == 18 + 24  # merge_backward does not read the streams
+    launches = forward(4, torch.bfloat16, HEAD) + backward(4, torch.bfloat16, HEAD)
+    assert traffic(launches, TOKENS, FEATURES)[-1].units == 9 + 5 + 9
+
+
+# --- devices ----------------------------------------------------------------------------------------------
+
+
+def test_tensors_have_to_be_on_a_device() -> None:
+    with pytest.raises(ShapeError, match=r"device of streams is cpu; legal: a CUDA device. Next: use the plain ops"):
+        aggregate(torch.zeros(2, 4, 8), torch.zeros(2, 4))
+    with pytest.raises(ShapeError, match="device of streams is meta"):
+        head(meta(2, 4, 8), meta(32, 4), meta(1), meta(4))
+    with pytest.raises(ShapeError, match="device of logits is cpu"):
+        sinkhorn(torch.zeros(2, 4, 4), 20)
+    assert not triton_launch.interpreted()
+
+
+def test_a_record_does_not_outlive_its_block() -> None:
+    with record(run=False) as launches, record(run=False) as inner:
+        expand(meta(2, 8), 4)
+    assert (len(launches), len(inner)) == (0, 1)
+    with pytest.raises(ShapeError):
+        expand(meta(2, 8), 4)
+    assert replace(PAPER, res="none").mix == "identity"
