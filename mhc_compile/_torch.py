@@ -58,6 +58,7 @@ __all__ = [
     "Unsupported",
     "active_ddp",
     "as_fake",
+    "compile_graph",
     "compile_settings",
     "dynamo_is_off",
     "dynamo_source_name",
@@ -67,7 +68,6 @@ __all__ = [
     "function_transforms",
     "has_tangents",
     "is_tracing",
-    "lookup_backend",
     "make_fx",
     "outside_dynamo",
     "paused",
@@ -108,6 +108,16 @@ def as_fake(values: Iterable[object], tensors: Iterable[torch.Tensor]) -> list[t
     if mode is None:
         return list(tensors)
     return [mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
+
+
+def compile_graph(
+    backend: str, graph: fx.GraphModule, example_inputs: list[Any], fingerprint: str
+) -> Callable[..., Any]:
+    """The graph compiled by a registered backend of Dynamo; torch's caches are told `fingerprint` apart from others."""
+    tag = torch.compiler.config.cache_key_tag
+    with torch.compiler.config.patch(cache_key_tag=f"{tag}{fingerprint}"):  # type: ignore[attr-defined]
+        compiled: Callable[..., Any] = lookup_backend(backend)(graph, example_inputs)
+    return compiled
 
 
 def active_ddp() -> bool:

@@ -14,9 +14,11 @@ from torch import fx
 
 from mhc_compile import _torch
 from mhc_compile.errors import RewriteError
+from mhc_compile.kernels.devices import fingerprint
 from mhc_compile.passes.capture import normalize
 from mhc_compile.passes.emit import Emitter
-from mhc_compile.passes.history import PassRecord, start_record
+from mhc_compile.passes.history import Pass, PassRecord, run_passes, start_record
+from mhc_compile.passes.lower import lower
 from mhc_compile.passes.op_kinds import aten
 from mhc_compile.passes.provenance import module_path
 from mhc_compile.passes.rewrite import Analysis, analyze, keep_sites, leave_plain, rename, rewrite
@@ -24,6 +26,7 @@ from mhc_compile.passes.trunks import Site
 from mhc_compile.record import Record
 
 ANCHOR = torch.ops.mhc.anchor.default
+LOWER = Pass("lower", False, lower)  # of what is compiled; graphs that are looked at or exported stay on level 1
 
 
 @dataclass
@@ -31,18 +34,21 @@ class ConvertingBackend:
     """Rewrites the graph of a converted model's forward, then compiles it.
 
     record: of the conversion; parameters: the names (`site.phi`, ...) of what its anchor lists, in order. Keeps the
-    pass records of every compilation in `history`.
+    pass records of every compilation in `history`. level: of the ops that are compiled, 1 or 2 (where they fit).
     """
 
     record: Record
     parameters: list[str]
     history: list[PassRecord] = field(default_factory=list)
+    level: int = 2
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Dynamo's backend interface."""
         graph = normalized(gm, self.history)
         self.history.extend(self.rewrite(graph))
-        compiled: Callable[..., Any] = _torch.lookup_backend(self.record.config.backend)(graph, example_inputs)
+        compiled: Callable[..., Any] = _torch.compile_graph(
+            self.record.config.backend, graph, example_inputs, fingerprint()
+        )
         return compiled
 
     def rewrite(self, graph: fx.GraphModule) -> list[PassRecord]:
@@ -68,7 +74,8 @@ class ConvertingBackend:
         def parameters_of(site: Site) -> tuple[fx.Node, fx.Node, fx.Node]:
             return nodes[f"{site.name}.phi"], nodes[f"{site.name}.alpha"], nodes[f"{site.name}.bias"]
 
-        return [*analysis.records, *rewrite(analysis, self.record.config, parameters_of)]
+        records = [*analysis.records, *rewrite(analysis, self.record.config, parameters_of)]
+        return [*records, *run_passes(graph, [LOWER])] if self.level == 2 else records
 
 
 def normalized(gm: fx.GraphModule, history: list[PassRecord]) -> fx.GraphModule:

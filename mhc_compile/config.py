@@ -20,6 +20,8 @@ class MHCConfig:
     init: `identity` keeps the model's function at step 0; `paper` and `deepseek_v4` are for training from scratch.
     iterations: Sinkhorn iterations, >= 1 (the paper uses 20).
     eps: added to the mean square of the streams before the root, > 0.
+    implicit_gradient: Sinkhorn's gradient is that of its fixed point instead of the unrolled iterations' (near it for
+        logits of std 1, far from it from std 3 on); such sites have no fused kernel.
     tie_shared: a layer that is applied several times shares one site's parameters between its applications;
         otherwise each application has its own.
     backend: what compiles the rewritten graph: `inductor`, `aot_eager` or `eager`.
@@ -31,6 +33,7 @@ class MHCConfig:
     init: str = "identity"
     iterations: int = 20
     eps: float = 1e-6
+    implicit_gradient: bool = False
     tie_shared: bool = False
     backend: str = "inductor"
 
@@ -41,8 +44,9 @@ class MHCConfig:
         _one_of("backend", self.backend, BACKENDS, "'inductor' is the fast one, 'eager' the one to debug with")
         if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)) or not 0 < self.eps < math.inf:
             raise ConfigError(wrong("eps", repr(self.eps), "a finite number > 0", "the default is 1e-6"))
-        if not isinstance(self.tie_shared, bool):
-            raise ConfigError(wrong("tie_shared", repr(self.tie_shared), "True or False", "the default is False"))
+        for name in ("implicit_gradient", "tie_shared"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(wrong(name, repr(getattr(self, name)), "True or False", "the default is False"))
 
 
 def _whole(name: str, value: object, low: int, high: int, step: str) -> None:

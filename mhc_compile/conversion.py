@@ -141,7 +141,7 @@ class Conversion:
         return self._sites.changed(tree)
 
     @_torch.paused
-    def compiled(self, model: nn.Module, backend: str, part: str = "") -> Callable[..., Any]:
+    def compiled(self, model: nn.Module, backend: str, part: str = "", level: int = 2) -> Callable[..., Any]:
         """The anchored forward `(model, ...) -> (token, output)` of the model or of a part, freshly compiled."""
         record = replace(self.record, config=replace(self.record.config, backend=backend))
         names = [name for name, _ in getattr(model, TREE).named_parameters()]
@@ -149,7 +149,7 @@ class Conversion:
         if part:
             record, original = record_of_part(record, part), model.get_submodule(part).__dict__[PART].original
             names = [name for name in names if name.startswith(f"{part}.")]
-        converting = ConvertingBackend(record, names, self.history)
+        converting = ConvertingBackend(record, names, self.history, level)
         return torch.compile(_torch.fresh_function(anchored(original, part)), backend=converting, fullgraph=True)
 
 
@@ -253,6 +253,7 @@ def connection(site: SiteRecord, config: MHCConfig, device: torch.device | None)
         init=config.init,
         iterations=config.iterations,
         eps=config.eps,
+        implicit_gradient=config.implicit_gradient,
         device=device,
     )
     return made.double() if site.double else made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,13 +12,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from mhc_compile.config import MHCConfig
 from mhc_compile.conversion import conversion, is_converted, plain_forward
 from mhc_compile.example_inputs import as_call, derive
+from mhc_compile.passes.bind import bind_parameters
 from mhc_compile.passes.capture import just_in_time
 from mhc_compile.passes.dataflow import is_learned
+from mhc_compile.passes.lower import lower
 from mhc_compile.passes.op_kinds import NORMS, aten, packet
 from mhc_compile.passes.provenance import module_path, source_line
-from mhc_compile.passes.rewrite import Analysis, analyze, leave_plain
+from mhc_compile.passes.rewrite import Analysis, analyze, leave_plain, rewrite
 from mhc_compile.passes.trunks import Trunk
 from mhc_compile.sharding import refuse_wrapped
 
@@ -128,14 +131,23 @@ def explain(model: nn.Module, inputs: Any = None) -> Explanation:
     among the refused. Raises CaptureError when it is not one graph.
     """
     refuse_wrapped(model)
-    forward = plain_forward(model)
     args, kwargs = as_call(derive(model) if inputs is None else inputs)
     record = conversion(model).record if is_converted(model) else None
     tied = record is not None and record.config.tie_shared
-    analysis = analyze(just_in_time(forward, model, args, kwargs).graph, tie_shared=tied)
+    analysis = analyze(just_in_time(plain_forward(model), model, args, kwargs).graph, tie_shared=tied)
     if record is not None and record.plain:
         analysis = leave_plain(analysis, record.plain)
-    return explanation(type(model).__name__, analysis)
+    found = explanation(type(model).__name__, analysis)
+    return replace(found, notes=[*found.notes, *_unfused(analysis, record.config if record else MHCConfig())])
+
+
+def _unfused(analysis: Analysis, config: MHCConfig) -> list[str]:
+    """The sites that keep an op for each term, and why. Rewrites the graph: the analysis is used up."""
+    if config.n == 1 or analysis.foreign is not None:
+        return []
+    look_up, _ = bind_parameters(analysis.graph, analysis.sites, config.n)
+    rewrite(analysis, config, look_up)
+    return list(lower(analysis.graph).notes)
 
 
 def explanation(name: str, analysis: Analysis) -> Explanation:

@@ -31,7 +31,8 @@ class HyperConnection(nn.Module):
       of the dynamic part.
     - ``"deepseek_v4"``: phi normal(0, 0.02), bias 0, alpha 1.
 
-    iterations: of Sinkhorn.  eps: added to the mean square, units of streams squared.
+    iterations: of Sinkhorn.  eps: added to the mean square, units of streams squared.  implicit_gradient: of
+    Sinkhorn at its fixed point, instead of through the iterations.
 
     Parameters: phi [n C, n n + 2 n], alpha [3], bias [n n + 2 n], columns pre (n), post (n), res (n n,
     row-major). They are float32 and stay so, bit for bit, when a model is cast to a narrower dtype;
@@ -48,6 +49,7 @@ class HyperConnection(nn.Module):
         init: str = "identity",
         iterations: int = 20,
         eps: float = 1e-6,
+        implicit_gradient: bool = False,
         device: torch.device | str | int | None = None,
     ) -> None:
         super().__init__()
@@ -66,6 +68,7 @@ class HyperConnection(nn.Module):
         self.init = init
         self.iterations = iterations
         self.eps = eps
+        self.implicit_gradient = implicit_gradient
         columns = n * n + 2 * n
         # The dtype is explicit: models are often built under a 16-bit default.
         self.phi = nn.Parameter(torch.empty(n * features, columns, dtype=torch.float32, device=device))
@@ -98,7 +101,7 @@ class HyperConnection(nn.Module):
             pre = sigmoid(pre~)    post = 2 sigmoid(post~)    res = Sinkhorn(res~)
         """
         pre, post, logits = ops.coefficients(streams, self.phi, self.alpha, self.bias, self.eps)
-        return pre, post, ops.sinkhorn(logits, self.iterations)
+        return pre, post, ops.sinkhorn(logits, self.iterations, implicit=self.implicit_gradient)
 
     def extra_repr(self) -> str:
         return (

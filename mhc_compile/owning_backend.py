@@ -9,14 +9,15 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from mhc_compile import _torch
-from mhc_compile.backend import ANCHOR, normalized, recorded_analysis
+from mhc_compile.backend import ANCHOR, LOWER, normalized, recorded_analysis
 from mhc_compile.config import MHCConfig
 from mhc_compile.conversion import TREE, SiteTree, plant
 from mhc_compile.convert import as_config, recorded, refuse_unfit
 from mhc_compile.errors import ConfigError, MHCError, RewriteError, wrong
+from mhc_compile.kernels.devices import fingerprint
 from mhc_compile.passes.bind import bind_parameters
 from mhc_compile.passes.emit import copy_graph
-from mhc_compile.passes.history import PassRecord
+from mhc_compile.passes.history import PassRecord, run_passes
 from mhc_compile.passes.rewrite import analyze, rewrite
 from mhc_compile.record import KEY, Record
 from mhc_compile.site_choice import Choice
@@ -140,14 +141,16 @@ class Backend:
         history: list[PassRecord],
     ) -> Callable[..., Any]:
         if record.config.n == 1:
-            plain: Callable[..., Any] = _torch.lookup_backend(record.config.backend)(graph, example_inputs)
+            plain: Callable[..., Any] = _torch.compile_graph(
+                record.config.backend, graph, example_inputs, fingerprint()
+            )
             return plain
         analysis = recorded_analysis(graph, record)
         look_up, names = bind_parameters(graph, analysis.sites, record.config.n)
-        history += [*analysis.records, *rewrite(analysis, record.config, look_up)]
+        history += [*analysis.records, *rewrite(analysis, record.config, look_up), *run_passes(graph, [LOWER])]
         added = [tree.get_parameter(name) for name in names]
         fake = _torch.as_fake(example_inputs, added)
-        compiled = _torch.lookup_backend(record.config.backend)(graph, [*example_inputs, *fake])
+        compiled = _torch.compile_graph(record.config.backend, graph, [*example_inputs, *fake], fingerprint())
         trained = [parameter.requires_grad for parameter in added]
 
         place, own = _first_parameter(example_inputs)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mhc_compile.kernels import reference
-from mhc_compile.kernels.triton_convention import Convention
+from mhc_compile.kernels.convention import Convention
 
 
 def sinkhorn(logits: Tensor, iterations: int, e: float, transposed: bool) -> Tensor:
@@ -38,7 +38,7 @@ def coefficients(
         return pre, post, None
     res = (alpha[2] * z[..., 2 * n :] + bias[2 * n :]).unflatten(-1, (n, n))
     if convention.res == "sinkhorn":
-        res = sinkhorn(res, convention.iterations, convention.divisor_eps, convention.transposed)
+        res = sinkhorn(res, convention.iterations, convention.divisor_eps, convention.rows_first)
     return pre, post, res
 
 

@@ -62,7 +62,7 @@ def test_own_module(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("own_module") == {"sites": 7, "trunks": 2, "refused": 5}
     printed = capsys.readouterr().out
     assert "shared.attention_call1" in printed
-    assert "+7 mhc.merge.default" in printed
+    assert "+7 mhc.merge.default" in printed and "+7 mhc.merge_carried.default" in printed
     assert "mhc.stem.same.phi" in printed
 
 

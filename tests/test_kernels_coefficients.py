@@ -13,8 +13,8 @@ import kernel_oracles as oracles
 from kernel_lanes import CASES, DTYPES, INTERPRETED, assert_same_again, numeric, scattered, to_device
 from mhc_compile.errors import ConfigError, ShapeError
 from mhc_compile.kernels import reference, triton_project
+from mhc_compile.kernels.convention import DEEPSEEK_V4, HEAD, HUNYUAN_V4, PAPER, Convention
 from mhc_compile.kernels.triton_coefficients import coefficients, read
-from mhc_compile.kernels.triton_convention import DEEPSEEK_V4, HEAD, HUNYUAN_V4, PAPER, Convention
 from mhc_compile.kernels.triton_launch import record
 from tolerances import assert_close
 

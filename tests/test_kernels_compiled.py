@@ -20,11 +20,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from kernel_compiler import Compiled, Target, compile_for
 from mhc_compile.errors import ShapeError
 from mhc_compile.kernels import triton_launch, triton_streams_backward
+from mhc_compile.kernels.convention import DEEPSEEK_V4, HEAD, HUNYUAN_V4, PAPER, Convention
 from mhc_compile.kernels.triton_aggregate import aggregate
 from mhc_compile.kernels.triton_coefficients import read
-from mhc_compile.kernels.triton_convention import DEEPSEEK_V4, HEAD, HUNYUAN_V4, PAPER, Convention
 from mhc_compile.kernels.triton_expand import expand, expand_backward
-from mhc_compile.kernels.triton_head import head, head_backward
 from mhc_compile.kernels.triton_implicit import sinkhorn_implicit_backward
 from mhc_compile.kernels.triton_launch import Launch, record
 from mhc_compile.kernels.triton_merge import merge
@@ -50,7 +49,7 @@ def forward(n: int, dtype: torch.dtype, convention: Convention, t: int = TOKENS,
     with record(run=False) as launches:
         u, site = read(streams, *parameters, convention)
         if site.post is not None:
-            merge(streams, u, site.post, site.res, convention.mix, convention.round_coefficients)
+            merge(streams, u, site.post, site.res, convention.mix, convention.rounded)
     return launches
 
 
@@ -62,9 +61,9 @@ def backward(n: int, dtype: torch.dtype, convention: Convention, t: int = TOKENS
         u, site = read(streams, *parameters, convention)
     with record(run=False) as launches:
         if site.post is None:
-            head_backward(u, streams, parameters, site, convention)
+            site_backward(streams, parameters, site, convention, du=u)
         else:
-            rounds = convention.round_coefficients
+            rounds = convention.rounded
             _, dpost, dres = merge_backward(streams, streams, u, site.post, convention.mix, rounds)
             site_backward(streams, parameters, site, convention, grad=streams, du=u, grad_post=dpost, grad_res=dres)
     return launches
@@ -266,7 +265,7 @@ def test_tensors_have_to_be_on_a_device() -> None:
     with pytest.raises(ShapeError, match=r"device of streams is cpu; legal: a CUDA device. Next: use the plain ops"):
         aggregate(torch.zeros(2, 4, 8), torch.zeros(2, 4))
     with pytest.raises(ShapeError, match="device of streams is meta"):
-        head(meta(2, 4, 8), meta(32, 4), meta(1), meta(4))
+        read(meta(2, 4, 8), meta(32, 4), meta(1), meta(4), HEAD)
     with pytest.raises(ShapeError, match="device of logits is cpu"):
         sinkhorn(torch.zeros(2, 4, 4), 20)
     assert not triton_launch.interpreted()

@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 from kernel_lanes import INTERPRETED
 
 TESTS = Path(__file__).parent
-FILES = ["test_kernels_streams.py", "test_kernels_sinkhorn.py", "test_kernels_coefficients.py", "test_kernels_site.py"]
+FILES = [f"test_kernels_{family}.py" for family in ("streams", "sinkhorn", "coefficients", "site", "ops")]
 
 
 @pytest.mark.slow
@@ -34,7 +34,7 @@ def test_in_the_interpreter(file: str) -> None:
     )
     assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None and int(passed[1]) > 50, done.stdout[-2000:]
+    assert passed is not None and int(passed[1]) > 25, done.stdout[-2000:]
     assert "skipped" not in done.stdout, done.stdout[-2000:]
 
 

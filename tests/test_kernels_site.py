@@ -23,8 +23,8 @@ from kernel_lanes import (
 )
 from mhc_compile.errors import ConfigError, ShapeError
 from mhc_compile.kernels import reference
+from mhc_compile.kernels.convention import DEEPSEEK_V4, HEAD, HUNYUAN_V4, PAPER, Convention
 from mhc_compile.kernels.triton_coefficients import read
-from mhc_compile.kernels.triton_convention import DEEPSEEK_V4, HEAD, HUNYUAN_V4, PAPER, Convention
 from mhc_compile.kernels.triton_launch import record
 from mhc_compile.kernels.triton_merge import merge
 from mhc_compile.kernels.triton_merge_backward import merge_backward
@@ -35,9 +35,10 @@ pytestmark = numeric
 EPS = 0.1
 CONVENTIONS = {
     "paper": replace(PAPER, rms_eps=EPS, iterations=6),
-    "deepseek_v4": replace(DEEPSEEK_V4, rms_eps=EPS, iterations=6, divisor_eps=1e-2, round_coefficients=False),
+    "deepseek_v4": replace(DEEPSEEK_V4, rms_eps=EPS, iterations=6, divisor_eps=1e-2, rounded=False),
     "hunyuan_v4": replace(HUNYUAN_V4, rms_eps=EPS, post_scale=1.5),
     "head": replace(HEAD, rms_eps=EPS),
+    "megatron": replace(PAPER, rms_eps=EPS, iterations=6, rows_first=True),
     "logits": replace(PAPER, rms_eps=EPS, res="logits"),
 }
 
@@ -60,7 +61,7 @@ def backward(arguments: tuple[Tensor, ...], convention: Convention) -> dict[str,
     """u, X' and all gradients, by the kernels."""
     streams, f, phi, alpha, bias, grad, du = arguments
     u, site = read(streams, phi, alpha, bias, convention)
-    mix, rounds = convention.mix, convention.round_coefficients
+    mix, rounds = convention.mix, convention.rounded
     if mix == "none":
         got = site_backward(streams, (phi, alpha, bias), site, convention, du=du)
         return {"u": u, "dX": got.streams, "dphi": got.phi, "dalpha": got.alpha, "dbias": got.bias}
@@ -130,7 +131,7 @@ def test_no_tokens(t: int, n: int) -> None:
 
 def test_rounded_coefficients() -> None:
     """post and res are rounded where they multiply streams; their own gradients pass as if they were not."""
-    convention = replace(CONVENTIONS["deepseek_v4"], round_coefficients=True)
+    convention = replace(CONVENTIONS["deepseek_v4"], rounded=True)
     arguments = inputs(9, 4, 20, torch.bfloat16, convention)
     *leaves, grad, du = double(*arguments)
     streams, f, phi, alpha, bias = leaves
@@ -143,7 +144,7 @@ def test_rounded_coefficients() -> None:
     assert_near("merged", got["merged"], merged, torch.bfloat16)
     for name, gradient in zip(("dX", "df", "dphi", "dalpha", "dbias"), gradients, strict=True):
         assert_near(name, got[name], gradient, torch.bfloat16)
-    exact = backward(arguments, replace(convention, round_coefficients=False))
+    exact = backward(arguments, replace(convention, rounded=False))
     assert not torch.equal(exact["df"], got["df"]) and not torch.equal(exact["dX"], got["dX"])
 
 

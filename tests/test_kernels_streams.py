@@ -37,7 +37,7 @@ def test_merge(n: int, t: int, c: int, dtype: torch.dtype) -> None:
     for mix in MIXES:
         merged = triton_merge.merge(streams, f, post, res, mix)
         assert_close(f"merge {mix}", merged.cpu(), expected_merge(streams, f, post, res, mix))
-        rounded = triton_merge.merge(streams, f, post, res, mix, round_coefficients=True)
+        rounded = triton_merge.merge(streams, f, post, res, mix, rounds=True)
         narrow = post.to(dtype).float(), res.to(dtype).float()
         assert_close(f"rounded merge {mix}", rounded.cpu(), expected_merge(streams, f, *narrow, mix))
         if mix != "identity" and dtype == torch.bfloat16 and t * c > 600:

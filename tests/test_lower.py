@@ -455,7 +455,7 @@ def test_a_backward_allocates_one_gradient_of_the_streams_a_site() -> None:
 
     whole, ops = counted(one.lowered)
     assert whole == len(one.sites)  # X of each site
-    assert ops == {"read_backward": len(one.sites), "expand": 1}
+    assert ops == {"read_backward": len(one.sites), "readout_backward": 1}
     whole, ops = counted(one.level_1)  # the same count, where it is known to be more
     assert whole == len(one.sites)
     assert sum(ops.values()) >= 3 * len(one.sites)

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mhc_compile.errors import ConfigError, RewriteError, ShapeError
 from mhc_compile.kernels import ops, plain, reference, site_ops, site_plain
+from mhc_compile.kernels.convention import PAPER
 from tolerances import assert_close
 
 EPS = 0.1  # large: at n C = 1 the gradient of the streams is proportional to it
@@ -317,9 +318,9 @@ def op_inputs(name: str, lead: tuple[int, ...] = (4,), n: int = 3, c: int = 5) -
     merged, grads = torch.randn_like(read[0]), [torch.randn_like(one) for one in (u, pre, post, res)]
     return {
         "read": (*read, EPS, ITERATIONS),
-        "read_backward": (*grads, merged, *read, pre, res, z, r, ITERATIONS, True),
+        "read_backward": (*grads, merged, *read, pre, post, res, z, r, True, EPS, ITERATIONS),
         "merge_carried": (read[0], f, carrier, post, res),
-        "merge_carried_backward": (merged, read[0], f, post),
+        "merge_carried_backward": (merged, read[0], f, post, "given", False),
     }[name]
 
 
@@ -336,9 +337,9 @@ def test_opcheck(name: str) -> None:
 @pytest.mark.parametrize("missing", [(0,), (1, 2, 3), (4,), (0, 1, 2, 3, 4)])
 @pytest.mark.parametrize("wants_streams", [True, False])
 def test_opcheck_without_some_gradients(missing: tuple[int, ...], wants_streams: bool) -> None:
-    args = op_inputs("read_backward")[:-1]
+    args = op_inputs("read_backward")
     sparse = tuple(None if place in missing else value for place, value in enumerate(args))
-    torch.library.opcheck(mhc.read_backward.default, (*sparse, wants_streams))
+    torch.library.opcheck(mhc.read_backward.default, (*sparse[:-3], wants_streams, *sparse[-2:]))
 
 
 @pytest.mark.parametrize("n", [1, 4])
@@ -514,7 +515,7 @@ def test_inside_the_backward_nothing_else_of_that_size_is_allocated() -> None:
     """float32 on a CPU: not even a temporary."""
     args = op_inputs("read_backward", (TOKENS,), N, 10 * C)
     with Allocations(at_least(TOKENS * N * 10 * C * 4)) as seen:
-        site_plain.read_backward(*args)
+        site_plain.read_backward(*args[:-3], PAPER, True)
     assert len(seen.ops) == 1
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,10 +23,12 @@ from torch.library import custom_op
 from torch.utils import flop_counter
 
 from mhc_compile import _torch
-from mhc_compile.errors import ConfigError, RewriteError, ShapeError, wrong
-from mhc_compile.kernels import plain
+from mhc_compile.errors import RewriteError, wrong
+from mhc_compile.kernels import arguments, plain
+from mhc_compile.kernels.convention import of_coefficients, of_sinkhorn
+from mhc_compile.kernels.devices import has_kernel
 
-STREAM_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+__all__ = ["aggregate", "anchor", "coefficients", "expand", "merge", "readout", "sinkhorn"]
 
 
 # --- public callables -------------------------------------------------------------------------------------
@@ -52,33 +55,52 @@ def readout(streams: Tensor) -> Tensor:
 
 
 def coefficients(
-    streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, eps: float
+    streams: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    eps: float,
+    pre_eps: float = 0.0,
+    post_scale: float = 2.0,
+    post_eps: float = 0.0,
+    groups: int = 3,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The coefficients of one site, res as logits (eq. 14 to 18)::
 
         r    = sqrt(mean(X^2 over n C) + eps)          z = vec(X) @ phi
-        pre  = sigmoid(alpha_0 z_pre / r + b_pre)
-        post = 2 sigmoid(alpha_1 z_post / r + b_post)
+        pre  = sigmoid(alpha_0 z_pre / r + b_pre) + pre_eps
+        post = post_scale sigmoid(alpha_1 z_post / r + b_post) + post_eps
         res~ = alpha_2 z_res / r + b_res               (feed to sinkhorn)
 
     streams [..., n, C]; phi [n C, n n + 2 n], columns pre (n), post (n), res (n n, row-major); alpha [3];
     bias [n n + 2 n].  Returns pre [..., n], post [..., n], logits [..., n, n].  phi, alpha, bias and the
     results are float32 (float64 for float64 streams).
+
+    ``groups``: 3, or 2 without res (streams that are not mixed), or 1 with pre alone (a head): phi and bias have no
+    columns and alpha no entry for the others, which are returned empty, [..., 0] and [..., 0, 0].
     """
     _refuse_transforms(streams, phi, alpha, bias)
-    result: tuple[Tensor, Tensor, Tensor] = _coefficients(streams, phi, alpha, bias, eps)
+    variant = (eps, pre_eps, post_scale, post_eps, groups)
+    result: tuple[Tensor, Tensor, Tensor] = _coefficients(streams, phi, alpha, bias, *variant)
     return result
 
 
-def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
+def sinkhorn(
+    logits: Tensor, iterations: int, divisor_eps: float = 0.0, rows_first: bool = False, implicit: bool = False
+) -> Tensor:
     """``exp(logits)`` made doubly stochastic: ``M_t = rows(columns(M_{t-1}))`` (eq. 9 and 19).
 
     logits [..., n, n], float32 or float64; row i is the output stream.  Rows of the result sum to 1,
-    columns as nearly as the iterations have converged.  Finite for any finite logits.  Raises ConfigError
-    for iterations < 1.
+    columns as nearly as the iterations have converged.  Finite for any finite logits.
+
+    ``rows_first``: columns where it says rows, and the other way round.  ``divisor_eps`` e: begin with a softmax + e,
+    and divide by sums + e (DeepSeek-V4: rows first, 1e-6).  ``implicit``: the gradient at the fixed point, near that
+    of the iterations if they have converged.
+
+    Raises ConfigError for iterations < 1, or implicit with a divisor_eps.
     """
     _refuse_transforms(logits)
-    result: Tensor = _sinkhorn(logits, iterations)
+    result: Tensor = _sinkhorn(logits, iterations, divisor_eps, rows_first, implicit)
     return result
 
 
@@ -92,14 +114,19 @@ def aggregate(streams: Tensor, pre: Tensor) -> Tensor:
     return result
 
 
-def merge(streams: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
+def merge(
+    streams: Tensor, f: Tensor, post: Tensor, res: Tensor | None, transposed: bool = False, rounded: bool = False
+) -> Tensor:
     """The residual update of a site, ``X'_i = sum_j res_ij X_j + post_i f`` (eq. 7).
 
     streams [..., n, C], f [..., C], post [..., n], res [..., n, n] -> [..., n, C] in streams' dtype.  f may
     have a narrower dtype (as under autocast), as long as ``X + f`` would have streams' dtype.
+
+    res None leaves the streams unmixed.  ``transposed``: res is [in, out].  ``rounded``: post and res are rounded to
+    streams' dtype before they multiply (DeepSeek-V4).
     """
-    _refuse_transforms(streams, f, post, res)
-    result: Tensor = _merge(streams, f, post, res)
+    _refuse_transforms(streams, f, post, *(() if res is None else (res,)))
+    result: Tensor = _merge(streams, f, post, res, transposed, rounded)
     return result
 
 
@@ -113,90 +140,6 @@ def anchor(parameters: Sequence[Tensor]) -> Tensor:
     return result
 
 
-# --- checks, shared by the real kernels and the fakes -----------------------------------------------------
-
-
-def _check_streams(streams: Tensor) -> None:
-    _check_dense("streams", streams)
-    if streams.dim() < 2:
-        raise ShapeError(wrong("streams", _shape(streams), "[..., n, C]", "expand the trunk first"))
-    if streams.dtype not in STREAM_DTYPES:
-        raise ShapeError(wrong("dtype of streams", streams.dtype, _FLOATS, "cast them before the expansion"))
-    if streams.shape[-2] < 1 or streams.shape[-1] < 1:
-        step = "expand the trunk to n streams of C features"
-        raise ShapeError(wrong("streams", _shape(streams), "[..., n, C] with n >= 1 and C >= 1", step))
-
-
-_FLOATS = "float16, bfloat16, float32, float64"
-
-
-def _check_dense(name: str, tensor: Tensor) -> None:
-    if tensor.layout is not torch.strided:
-        raise ShapeError(wrong(f"layout of {name}", tensor.layout, "torch.strided", "call to_dense() before"))
-
-
-def _check(
-    name: str,
-    tensor: Tensor,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    legal: str,
-    device: torch.device | None = None,
-) -> None:
-    if tensor.dim() != len(shape) or any(a != b for a, b in zip(tensor.shape, shape, strict=True)):
-        step = "n and C are the last two sizes of the streams; the others are the tokens"
-        raise ShapeError(wrong(name, _shape(tensor), f"{legal} = {_text(shape)} for these streams", step))
-    if tensor.dtype != dtype:
-        step = f"keep the coefficients and their parameters in {dtype}"
-        raise ShapeError(wrong(f"dtype of {name}", tensor.dtype, f"{dtype} for these streams", step))
-    if device is not None and tensor.device != device:
-        step = "move the whole model or module, not parts of it"
-        raise ShapeError(wrong(f"device of {name}", tensor.device, f"{device}, that of the streams", step))
-
-
-def _check_coefficients(streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> None:
-    _check_streams(streams)
-    n, features = streams.shape[-2:]
-    dtype = plain.coefficient_dtype(streams.dtype)
-    _check("phi", phi, (n * features, n * n + 2 * n), dtype, "[n C, n n + 2 n]", streams.device)
-    _check("alpha", alpha, (3,), dtype, "[3]", streams.device)
-    _check("bias", bias, (n * n + 2 * n,), dtype, "[n n + 2 n]", streams.device)
-
-
-def _check_sinkhorn(logits: Tensor, iterations: int) -> None:
-    if logits.dim() < 2 or logits.shape[-1] != logits.shape[-2] or logits.shape[-1] < 1:
-        raise ShapeError(wrong("logits", _shape(logits), "[..., n, n] with n >= 1", "one square matrix a token"))
-    if logits.dtype not in (torch.float32, torch.float64):
-        raise ShapeError(wrong("dtype of logits", logits.dtype, "float32, float64", "keep coefficients in float32"))
-    if iterations < 1:
-        raise ConfigError(wrong("iterations", iterations, "an integer >= 1", "the paper uses 20"))
-
-
-def _check_aggregate(streams: Tensor, pre: Tensor) -> None:
-    _check_streams(streams)
-    _check("pre", pre, (*streams.shape[:-1],), plain.coefficient_dtype(streams.dtype), "[..., n]", streams.device)
-
-
-def _check_merge(streams: Tensor, f: Tensor, post: Tensor, res: Tensor) -> None:
-    _check_streams(streams)
-    *lead, n, features = streams.shape
-    dtype = plain.coefficient_dtype(streams.dtype)
-    _check("f", f, (*lead, features), f.dtype, "[..., C]", streams.device)
-    if f.dtype not in STREAM_DTYPES or torch.promote_types(streams.dtype, f.dtype) != streams.dtype:
-        legal = f"a floating dtype that promotes to {streams.dtype}"
-        raise ShapeError(wrong("dtype of f", f.dtype, legal, "cast f or the streams"))
-    _check("post", post, (*lead, n), dtype, "[..., n]", streams.device)
-    _check("res", res, (*lead, n, n), dtype, "[..., n, n]", streams.device)
-
-
-def _shape(tensor: Tensor) -> str:
-    return _text(tuple(tensor.shape))
-
-
-def _text(shape: tuple[int, ...]) -> str:
-    return f"[{', '.join(str(size) for size in shape)}]"
-
-
 # --- helpers ----------------------------------------------------------------------------------------------
 
 
@@ -207,6 +150,15 @@ def _op(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
 def _fake(op: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     register: Callable[[Callable[..., Any]], Callable[..., Any]] = op.register_fake
     return register
+
+
+def kernels(tensor: Tensor, n: int | None = None) -> ModuleType:
+    """What computes the ops of level 1 for a tensor: streams [..., n, C], or another one with n given."""
+    if has_kernel(tensor, tensor.shape[-2] if n is None else n):
+        from mhc_compile.kernels import triton_ops
+
+        return triton_ops
+    return plain
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:
@@ -243,47 +195,55 @@ def _refuse_transforms(*tensors: Tensor) -> None:
 
 
 @_op("expand", "(Tensor x, SymInt n) -> Tensor")
-def _expand(x: Tensor, n: int) -> Tensor:
-    _check_expand(x, n)
-    return plain.expand(x, n)
+def _expand(x: Tensor, n: int) -> Any:
+    arguments.check_expand(x, n)
+    return kernels(x, n).expand(x, n)
 
 
 @_fake(_expand)
 def _(x: Tensor, n: int) -> Tensor:
-    _check_expand(x, n)
+    arguments.check_expand(x, n)
     return x.new_empty((*x.shape[:-1], n, x.shape[-1]))
 
 
-def _check_expand(x: Tensor, n: int) -> None:
-    _check_dense("x", x)
-    if x.dim() < 1 or x.dtype not in STREAM_DTYPES:
-        legal = "[..., C] of a floating dtype of 16 to 64 bits"
-        raise ShapeError(wrong("x", f"{_shape(x)} of {x.dtype}", legal, "cast it before the expansion"))
-    if n < 1:
-        raise ShapeError(wrong("n", n, "an integer >= 1", "every published model has n=4"))
+@_op("expand_backward", "(Tensor grad) -> Tensor")
+def _expand_backward(grad: Tensor) -> Any:
+    return kernels(grad).expand_backward(grad)
 
 
-def _expand_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.n = inputs[1]
+@_fake(_expand_backward)
+def _(grad: Tensor) -> Tensor:
+    return grad.new_empty((*grad.shape[:-2], grad.shape[-1]))
 
 
 def _expand_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    return (grad.squeeze(-2) if ctx.n == 1 else grad.sum(-2)), None
+    return _expand_backward(grad), None
 
 
-_expand.register_autograd(_expand_vjp, setup_context=_expand_setup)
+_expand.register_autograd(_expand_vjp)
+_expand_backward.register_autograd(_refuse_double_backward)
 
 
 @_op("readout", "(Tensor streams) -> Tensor")
-def _readout(streams: Tensor) -> Tensor:
-    _check_streams(streams)
-    return plain.readout(streams)
+def _readout(streams: Tensor) -> Any:
+    arguments.check_streams(streams)
+    return kernels(streams).readout(streams)
 
 
 @_fake(_readout)
 def _(streams: Tensor) -> Tensor:
-    _check_streams(streams)
+    arguments.check_streams(streams)
     return streams.new_empty((*streams.shape[:-2], streams.shape[-1]))
+
+
+@_op("readout_backward", "(Tensor grad, SymInt n) -> Tensor")
+def _readout_backward(grad: Tensor, n: int) -> Any:
+    return kernels(grad, n).readout_backward(grad, n)
+
+
+@_fake(_readout_backward)
+def _(grad: Tensor, n: int) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], n, grad.shape[-1]))
 
 
 def _readout_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -291,36 +251,38 @@ def _readout_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _readout_vjp(ctx: Any, grad: Tensor) -> Tensor:
-    return expand(grad / ctx.n, ctx.n)
+    result: Tensor = _readout_backward(grad, ctx.n)
+    return result
 
 
 _readout.register_autograd(_readout_vjp, setup_context=_readout_setup)
+_readout_backward.register_autograd(_refuse_double_backward)
 
 
 # --- coefficients -----------------------------------------------------------------------------------------
 
+_GATES = "float eps, float pre_eps=0.0, float post_scale=2.0, float post_eps=0.0, int groups=3"
 
-@_op(
-    "coefficients",
-    "(Tensor streams, Tensor phi, Tensor alpha, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)",
-)
-def _coefficients(streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, eps: float) -> Any:
-    _check_coefficients(streams, phi, alpha, bias)
+
+@_op("coefficients", f"(Tensor streams, Tensor phi, Tensor alpha, Tensor bias, {_GATES}) -> (Tensor, Tensor, Tensor)")
+def _coefficients(streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *variant: Any) -> Any:
+    convention = of_coefficients(*variant)
+    arguments.check_coefficients(streams, phi, alpha, bias, convention)
     with _no_autocast(streams):
-        return plain.coefficients(streams, phi, alpha, bias, eps)
+        return kernels(streams).coefficients(streams, phi, alpha, bias, convention)
 
 
 @_fake(_coefficients)
-def _(streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, eps: float) -> Any:
-    _check_coefficients(streams, phi, alpha, bias)
-    *lead, n, _ = streams.shape
-    return phi.new_empty((*lead, n)), phi.new_empty((*lead, n)), phi.new_empty((*lead, n, n))
+def _(streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *variant: Any) -> Any:
+    convention = of_coefficients(*variant)
+    arguments.check_coefficients(streams, phi, alpha, bias, convention)
+    return plain.empty_coefficients(phi, streams.shape[:-2], streams.shape[-2], convention.groups)
 
 
 @_op(
     "coefficients_backward",
     "(Tensor grad_pre, Tensor grad_post, Tensor grad_logits, Tensor streams, Tensor phi, Tensor alpha,"
-    " Tensor bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    f" Tensor bias, {_GATES}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _coefficients_backward(
     grad_pre: Tensor,
@@ -330,10 +292,11 @@ def _coefficients_backward(
     phi: Tensor,
     alpha: Tensor,
     bias: Tensor,
-    eps: float,
+    *variant: Any,
 ) -> Any:
+    grads, convention = (grad_pre, grad_post, grad_logits), of_coefficients(*variant)
     with _no_autocast(streams):
-        return plain.coefficients_backward(grad_pre, grad_post, grad_logits, streams, phi, alpha, bias, eps)
+        return kernels(streams).coefficients_backward(*grads, streams, phi, alpha, bias, convention)
 
 
 @_fake(_coefficients_backward)
@@ -345,18 +308,19 @@ def _(
     phi: Tensor,
     alpha: Tensor,
     bias: Tensor,
-    eps: float,
+    *variant: Any,
 ) -> Any:
     return _like(streams), _like(phi), _like(alpha), _like(bias)
 
 
 def _coefficients_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.eps = inputs
+    tensors, ctx.variant = inputs[:4], inputs[4:]
     ctx.save_for_backward(*tensors)
 
 
 def _coefficients_vjp(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_coefficients_backward(*grads, *ctx.saved_tensors, ctx.eps), None)
+    found = _coefficients_backward(*grads, *ctx.saved_tensors, *ctx.variant)
+    return *found, *(None for _ in ctx.variant)
 
 
 _coefficients.register_autograd(_coefficients_vjp, setup_context=_coefficients_setup)
@@ -365,38 +329,42 @@ _coefficients_backward.register_autograd(_refuse_double_backward)
 
 # --- Sinkhorn ---------------------------------------------------------------------------------------------
 
+_BALANCE = "int iterations, float divisor_eps=0.0, bool rows_first=False, bool implicit=False"
 
-@_op("sinkhorn", "(Tensor logits, int iterations) -> Tensor")
-def _sinkhorn(logits: Tensor, iterations: int) -> Tensor:
-    _check_sinkhorn(logits, iterations)
-    with _no_autocast(logits):
-        return plain.sinkhorn(logits, iterations)
+
+@_op("sinkhorn", f"(Tensor logits, {_BALANCE}) -> Tensor")
+def _sinkhorn(logits: Tensor, *variant: Any) -> Tensor:
+    arguments.check_sinkhorn(logits)
+    result: Tensor = kernels(logits, logits.shape[-1]).sinkhorn(logits, of_sinkhorn(*variant))
+    return result
 
 
 @_fake(_sinkhorn)
-def _(logits: Tensor, iterations: int) -> Tensor:
-    _check_sinkhorn(logits, iterations)
+def _(logits: Tensor, *variant: Any) -> Tensor:
+    arguments.check_sinkhorn(logits)
+    of_sinkhorn(*variant)
     return _like(logits)
 
 
-@_op("sinkhorn_backward", "(Tensor grad, Tensor logits, int iterations) -> Tensor")
-def _sinkhorn_backward(grad: Tensor, logits: Tensor, iterations: int) -> Tensor:
+@_op("sinkhorn_backward", f"(Tensor grad, Tensor logits, {_BALANCE}) -> Tensor")
+def _sinkhorn_backward(grad: Tensor, logits: Tensor, *variant: Any) -> Tensor:
     with _no_autocast(logits):
-        return plain.sinkhorn_backward(grad, logits, iterations)
+        result: Tensor = kernels(logits, logits.shape[-1]).sinkhorn_backward(grad, logits, of_sinkhorn(*variant))
+    return result
 
 
 @_fake(_sinkhorn_backward)
-def _(grad: Tensor, logits: Tensor, iterations: int) -> Tensor:
+def _(grad: Tensor, logits: Tensor, *variant: Any) -> Tensor:
     return _like(logits)
 
 
 def _sinkhorn_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    logits, ctx.iterations = inputs
+    logits, *ctx.variant = inputs
     ctx.save_for_backward(logits)
 
 
-def _sinkhorn_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    return _sinkhorn_backward(grad, *ctx.saved_tensors, ctx.iterations), None
+def _sinkhorn_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _sinkhorn_backward(grad, *ctx.saved_tensors, *ctx.variant), *(None for _ in ctx.variant)
 
 
 _sinkhorn.register_autograd(_sinkhorn_vjp, setup_context=_sinkhorn_setup)
@@ -406,27 +374,23 @@ _sinkhorn_backward.register_autograd(_refuse_double_backward)
 # --- aggregate and merge ----------------------------------------------------------------------------------
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 @_op("aggregate", "(Tensor streams, Tensor pre) -> Tensor")
-def _aggregate(streams: Tensor, pre: Tensor) -> Tensor:
-    _check_aggregate(streams, pre)
+def _aggregate(streams: Tensor, pre: Tensor) -> Any:
+    arguments.check_aggregate(streams, pre)
     with _no_autocast(streams):
-        return plain.aggregate(streams, pre)
+        return kernels(streams).aggregate(streams, pre)
 
 
 @_fake(_aggregate)
 def _(streams: Tensor, pre: Tensor) -> Tensor:
-    _check_aggregate(streams, pre)
+    arguments.check_aggregate(streams, pre)
     return streams.new_empty((*streams.shape[:-2], streams.shape[-1]))
 
 
 @_op("aggregate_backward", "(Tensor grad, Tensor streams, Tensor pre) -> (Tensor, Tensor)")
 def _aggregate_backward(grad: Tensor, streams: Tensor, pre: Tensor) -> Any:
     with _no_autocast(streams):
-        return plain.aggregate_backward(grad, streams, pre)
+        return kernels(streams).aggregate_backward(grad, streams, pre)
 
 
 @_fake(_aggregate_backward)
@@ -434,46 +398,78 @@ def _(grad: Tensor, streams: Tensor, pre: Tensor) -> Any:
     return _like(streams), _like(pre)
 
 
+def _aggregate_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
 def _aggregate_vjp(ctx: Any, grad: Tensor) -> Any:
     return _aggregate_backward(grad, *ctx.saved_tensors)
 
 
-_aggregate.register_autograd(_aggregate_vjp, setup_context=_save_inputs)
+_aggregate.register_autograd(_aggregate_vjp, setup_context=_aggregate_setup)
 _aggregate_backward.register_autograd(_refuse_double_backward)
 
 
-@_op("merge", "(Tensor streams, Tensor f, Tensor post, Tensor res) -> Tensor")
-def _merge(streams: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
-    _check_merge(streams, f, post, res)
+_MERGED = "Tensor streams, Tensor f, Tensor post, Tensor? res, bool transposed=False, bool rounded=False"
+
+
+@_op("merge", f"({_MERGED}) -> Tensor")
+def _merge(
+    streams: Tensor, f: Tensor, post: Tensor, res: Tensor | None, transposed: bool = False, rounded: bool = False
+) -> Any:
+    arguments.check_merge(streams, f, post, res)
     with _no_autocast(streams):
-        return plain.merge(streams, f, post, res)
+        return kernels(streams).merge(streams, f, post, res, transposed, rounded)
 
 
 @_fake(_merge)
-def _(streams: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
-    _check_merge(streams, f, post, res)
+def _(
+    streams: Tensor, f: Tensor, post: Tensor, res: Tensor | None, transposed: bool = False, rounded: bool = False
+) -> Tensor:
+    arguments.check_merge(streams, f, post, res)
     return _like(streams)
 
 
-@_op(
-    "merge_backward",
-    "(Tensor grad, Tensor streams, Tensor f, Tensor post, Tensor res) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _merge_backward(grad: Tensor, streams: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Any:
+@_op("merge_backward", f"(Tensor grad, {_MERGED}) -> (Tensor, Tensor, Tensor, Tensor)")
+def _merge_backward(
+    grad: Tensor,
+    streams: Tensor,
+    f: Tensor,
+    post: Tensor,
+    res: Tensor | None,
+    transposed: bool = False,
+    rounded: bool = False,
+) -> Any:
     with _no_autocast(streams):
-        return plain.merge_backward(grad, streams, f, post, res)
+        return kernels(streams).merge_backward(grad, streams, f, post, res, transposed, rounded)
 
 
 @_fake(_merge_backward)
-def _(grad: Tensor, streams: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Any:
-    return _like(streams), _like(f), _like(post), _like(res)
+def _(
+    grad: Tensor,
+    streams: Tensor,
+    f: Tensor,
+    post: Tensor,
+    res: Tensor | None,
+    transposed: bool = False,
+    rounded: bool = False,
+) -> Any:
+    dres = post.new_empty((*post.shape[:-1], 0, 0)) if res is None else _like(res)
+    return _like(streams), _like(f), _like(post), dres
+
+
+def _merge_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.transposed, ctx.rounded = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _merge_vjp(ctx: Any, grad: Tensor) -> Any:
-    return _merge_backward(grad, *ctx.saved_tensors)
+    streams, f, post, res = ctx.saved_tensors
+    *others, dres = _merge_backward(grad, streams, f, post, res, ctx.transposed, ctx.rounded)
+    return *others, None if res is None else dres, None, None
 
 
-_merge.register_autograd(_merge_vjp, setup_context=_save_inputs)
+_merge.register_autograd(_merge_vjp, setup_context=_merge_setup)
 _merge_backward.register_autograd(_refuse_double_backward)
 
 

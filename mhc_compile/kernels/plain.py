@@ -9,10 +9,13 @@ stream.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from mhc_compile.kernels import plain_sinkhorn
+from mhc_compile.kernels.convention import Convention
 
 
 def coefficient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,6 +29,16 @@ def expand(x: Tensor, n: int) -> Tensor:
     return x.unsqueeze(-2).expand(shape).clone(memory_format=torch.contiguous_format)
 
 
+def expand_backward(grad: Tensor) -> Tensor:
+    """[..., n, C] -> [..., C], the sum over streams."""
+    return grad.squeeze(-2).clone(memory_format=torch.contiguous_format) if grad.shape[-2] == 1 else grad.sum(-2)
+
+
+def readout_backward(grad: Tensor, n: int) -> Tensor:
+    """[..., C] -> [..., n, C], an n-th for every stream."""
+    return expand(grad / n, n)
+
+
 def readout(streams: Tensor) -> Tensor:
     """[..., n, C] -> [..., C], the mean over streams."""
     out = streams.new_empty((*streams.shape[:-2], streams.shape[-1]))
@@ -36,22 +49,33 @@ def readout(streams: Tensor) -> Tensor:
 
 
 def coefficients(
-    streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, eps: float
+    streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, convention: Convention
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`mhc_compile.kernels.reference.coefficients`."""
+    """pre, post and the logits of res; what the convention lacks is empty."""
     *lead, n, features = streams.shape
     tokens = math.prod(lead)
     x = streams.reshape(tokens, n * features)
-    scale = _per_column(alpha, n)
-    pre, post, logits = phi.new_empty((*lead, n)), phi.new_empty((*lead, n)), phi.new_empty((*lead, n, n))
-    pre_t, post_t, logits_t = pre.view(tokens, n), post.view(tokens, n), logits.view(tokens, n * n)
+    scale = per_column(alpha, n)
+    pre, post, logits = empty_coefficients(phi, lead, n, convention.groups)
+    pre_t, post_t, logits_t = (_per_token(one, tokens) for one in (pre, post, logits))
     for t in _tiles(tokens, streams):
-        z, r = _project(x[t].to(phi.dtype), phi, eps)
+        z, r = _project(x[t].to(phi.dtype), phi, convention.rms_eps)
         a = torch.addcmul(bias, z.div_(r), scale)
-        torch.sigmoid(a[:, :n], out=pre_t[t])
-        torch.sigmoid(a[:, n : 2 * n], out=post_t[t]).mul_(2)
-        logits_t[t].copy_(a[:, 2 * n :])
+        torch.sigmoid(a[:, :n], out=pre_t[t]).add_(convention.pre_eps)
+        if convention.post:
+            torch.sigmoid(a[:, n : 2 * n], out=post_t[t]).mul_(convention.post_scale).add_(convention.post_eps)
+            logits_t[t].copy_(a[:, 2 * n :])
     return pre, post, logits
+
+
+def empty_coefficients(phi: Tensor, lead: Sequence[int], n: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """pre [..., n], post [..., n] and res [..., n, n], not yet written; those beyond ``groups`` have no elements."""
+    posts, entries = (n if groups > 1 else 0), (n if groups > 2 else 0)
+    return (
+        phi.new_empty((*lead, n)),
+        phi.new_empty((*lead, posts)),
+        phi.new_empty((*lead, entries, entries)),
+    )
 
 
 def coefficients_backward(
@@ -62,11 +86,11 @@ def coefficients_backward(
     phi: Tensor,
     alpha: Tensor,
     bias: Tensor,
-    eps: float,
+    convention: Convention,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of streams, phi, alpha and bias.
 
-    With ``d~`` the gradients of the three pre-activations side by side::
+    With ``d~`` the gradients of the pre-activations side by side::
 
         dz    = alpha d~ / r
         dX    = dz @ phi^T - X <dz, z> / (r^2 n C)
@@ -77,19 +101,22 @@ def coefficients_backward(
     *lead, n, features = streams.shape
     tokens, width = math.prod(lead), n * features
     x = streams.reshape(tokens, width)
-    scale = _per_column(alpha, n)
-    grads = (grad_pre.reshape(tokens, n), grad_post.reshape(tokens, n), grad_logits.reshape(tokens, n * n))
+    scale = per_column(alpha, n)
+    grads = [_per_token(g, tokens) for g in (grad_pre, grad_post, grad_logits)]
+    gates = convention.groups * n if convention.groups < 3 else 2 * n
+    gain = phi.new_ones(gates)
+    gain[n:] = convention.post_scale
     dx = streams.new_empty(streams.shape)
     dx_t = dx.view(tokens, width)
     dphi_t = phi.new_zeros((phi.shape[1], width))  # transposed: the product is twice as fast this way round
     dscale, dbias = torch.zeros_like(scale), torch.zeros_like(scale)
     for t in _tiles(tokens, streams):
         xt = x[t].to(phi.dtype)
-        z, r = _project(xt, phi, eps)
+        z, r = _project(xt, phi, convention.rms_eps)
         normed = z / r
-        s = torch.sigmoid(torch.addcmul(bias, normed, scale)[:, : 2 * n])
-        slope = s * (1 - s)
-        d = torch.cat([grads[0][t] * slope[:, :n], 2 * grads[1][t] * slope[:, n:], grads[2][t]], dim=1)
+        s = torch.sigmoid(torch.addcmul(bias, normed, scale)[:, :gates])
+        d = torch.cat([g[t] for g in grads], dim=1)
+        d[:, :gates] *= s * (1 - s) * gain
         dscale += (d * normed).sum(0)
         dbias += d.sum(0)
         dz = d * scale / r
@@ -99,45 +126,35 @@ def coefficients_backward(
         if dx.dtype != phi.dtype:
             dx_t[t].copy_(dxt)
         dphi_t += _product(dz.t(), xt)
-    dalpha = torch.stack([dscale[:n].sum(), dscale[n : 2 * n].sum(), dscale[2 * n :].sum()])
     dphi = phi.new_empty(phi.shape).copy_(dphi_t.t())
-    return dx, dphi, dalpha, dbias
+    return dx, dphi, per_group(dscale, n, convention.groups), dbias
 
 
-def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
-    """See :func:`mhc_compile.kernels.reference.sinkhorn`; with tokens innermost, ten times its speed."""
+def sinkhorn(logits: Tensor, convention: Convention) -> Tensor:
+    """See :func:`mhc_compile.kernels.reference.sinkhorn`."""
     *lead, n, _ = logits.shape
     tokens = math.prod(lead)
     a = logits.reshape(tokens, n * n)
     out = logits.new_empty(logits.shape)
     out_t = out.view(tokens, n * n)
     for t in _tiles(tokens, logits, iterated=True):
-        m = _first_rows(_first_columns(_tokens_last(a[t], n))).exp_()
-        for _ in range(iterations - 1):
-            m.div_(m.sum(0))
-            m.div_(m.sum(1, keepdim=True))
+        m = plain_sinkhorn.sinkhorn(_tokens_last(a[t], n), convention)
         out_t[t].copy_(m.reshape(n * n, -1).t())
     return out
 
 
-def sinkhorn_backward(grad: Tensor, logits: Tensor, iterations: int) -> Tensor:
-    """The gradient of the logits.
-
-    With ``G = dP * P`` and P_r, P_c the matrix after each half-step, from the last iteration to the first:
-    ``G -= P_r * rowsum(G)``, then ``G -= P_c * colsum(G)``.  The half-steps are computed again from the
-    logits, a cache-sized tile of tokens at a time; none of them outlives its tile.
-    """
+def sinkhorn_backward(grad: Tensor, logits: Tensor, convention: Convention) -> Tensor:
+    """The gradient of the logits, a cache-sized tile of tokens at a time: no half-step outlives its tile."""
     *lead, n, _ = logits.shape
     tokens = math.prod(lead)
     a, dp = logits.reshape(tokens, n * n), grad.reshape(tokens, n * n)
     out = logits.new_empty(logits.shape)
     out_t = out.view(tokens, n * n)
     for t in _tiles(tokens, logits, iterated=True):
-        columns, rows = _half_steps(_tokens_last(a[t], n), iterations)
-        g = _tokens_last(dp[t], n).mul(rows[-1])
-        for k in reversed(range(iterations)):
-            g.addcmul_(rows[k], g.sum(1, keepdim=True), value=-1)
-            g.addcmul_(columns[k], g.sum(0), value=-1)
+        g = _tokens_last(dp[t], n)
+        if g.data_ptr() == dp[t].data_ptr():
+            g = g.clone()  # the transpose of one token, or with one stream, is the gradient itself
+        plain_sinkhorn.sinkhorn_backward(g, _tokens_last(a[t], n), convention)
         out_t[t].copy_(g.reshape(n * n, -1).t())
     return out
 
@@ -168,42 +185,93 @@ def aggregate_backward(grad: Tensor, streams: Tensor, pre: Tensor) -> tuple[Tens
     return dx, dpre
 
 
-def merge(streams: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
-    """``X'_i = sum_j res_ij X_j + post_i f``.
+def merge(
+    streams: Tensor, f: Tensor, post: Tensor, res: Tensor | None, transposed: bool = False, rounded: bool = False
+) -> Tensor:
+    """``X'_i = sum_j res_ij X_j + post_i f``; ``res`` None is the identity.
 
     With n = 1 and post = res = 1 this is ``X + f``, bit for bit.
     """
     *lead, n, features = streams.shape
     tokens = math.prod(lead)
     x, ft = streams.reshape(tokens, n, features), f.reshape(tokens, 1, features)
-    p, m = post.reshape(tokens, n, 1), res.reshape(tokens, n, n)
+    p, m = merge_weights(streams, post, res, transposed, rounded)
     out = streams.new_empty(streams.shape)
     out_t = out.view(tokens, n, features)
     for t in _tiles(tokens, streams):
-        _mix(m[t], x[t].to(res.dtype), out_t[t], p[t], ft[t].to(res.dtype))
+        if m is None:
+            y = out_t[t] if out.dtype == p.dtype else x[t].to(p.dtype)
+            torch.addcmul(x[t].to(p.dtype), p[t], ft[t].to(p.dtype), out=y)
+            if y.dtype != out.dtype:
+                out_t[t].copy_(y)
+        else:
+            _mix(m[t], x[t].to(p.dtype), out_t[t], p[t], ft[t].to(p.dtype))
     return out
 
 
+def merge_weights(
+    streams: Tensor, post: Tensor, res: Tensor | None, transposed: bool, rounded: bool
+) -> tuple[Tensor, Tensor | None]:
+    """post [T, n, 1] and res [T, n, n], [out, in], as they multiply streams."""
+    n = streams.shape[-2]
+    p = post.reshape(-1, n, 1) if post.numel() else post.new_empty((0, n, 1))
+    m = None if res is None else res.reshape(len(p), n, n)
+    if rounded and streams.dtype != post.dtype:
+        p = p.to(streams.dtype).to(post.dtype)
+        m = None if m is None else m.to(streams.dtype).to(m.dtype)
+    return p, m.transpose(1, 2) if m is not None and transposed else m
+
+
 def merge_backward(
-    grad: Tensor, streams: Tensor, f: Tensor, post: Tensor, res: Tensor
+    grad: Tensor,
+    streams: Tensor,
+    f: Tensor,
+    post: Tensor,
+    res: Tensor | None,
+    transposed: bool = False,
+    rounded: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """With ``G = dX'``: ``dX_j = sum_i res_ij G_i``, ``df = sum_i post_i G_i``, ``dpost_i = <G_i, f>``,
-    ``dres_ij = <G_i, X_j>``."""
+    ``dres_ij = <G_i, X_j>`` (turned where res is; empty without a res)."""
+    n, features = streams.shape[-2:]
+    _, m = merge_weights(streams, post, res, transposed, rounded)
+    dx = streams.new_empty(streams.shape)
+    g, dx_t = grad.reshape(-1, n, features), dx.view(-1, n, features)
+    for t in _tiles(len(g), streams):
+        if m is None:
+            dx_t[t].copy_(g[t])
+        else:
+            _mix(m[t].transpose(1, 2), g[t].to(m.dtype), dx_t[t])
+    mix = "identity" if res is None else "transposed" if transposed else "given"
+    return dx, *branch_backward(grad, streams, f, post, mix, rounded)
+
+
+def branch_backward(
+    grad: Tensor, streams: Tensor, f: Tensor, post: Tensor, mix: str, rounded: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """df, dpost and dres: what the backward of a merge gives besides the streams' part."""
     *lead, n, features = streams.shape
     tokens = math.prod(lead)
     x, ft = streams.reshape(tokens, n, features), f.reshape(tokens, features, 1)
-    g, p, m = grad.reshape(tokens, n, features), post.reshape(tokens, 1, n), res.reshape(tokens, n, n)
-    dx, df = streams.new_empty(streams.shape), f.new_empty(f.shape)
-    dpost, dres = post.new_empty(post.shape), res.new_empty(res.shape)
-    dx_t, df_t = dx.view(tokens, n, features), df.view(tokens, 1, features)
-    dpost_t, dres_t = dpost.view(tokens, n, 1), dres.view(tokens, n, n)
+    g = grad.reshape(tokens, n, features)
+    p = merge_weights(streams, post, None, False, rounded)[0].transpose(1, 2)
+    entries = 0 if mix == "identity" else n
+    df, dpost, dres = f.new_empty(f.shape), post.new_empty(post.shape), post.new_empty((*lead, entries, entries))
+    df_t, dpost_t, dres_t = df.view(tokens, 1, features), dpost.view(tokens, n, 1), dres.view(tokens, entries, entries)
     for t in _tiles(tokens, streams):
-        gt = g[t].to(res.dtype)
-        _mix(m[t].transpose(1, 2), gt, dx_t[t])
+        gt = g[t].to(post.dtype)
         _mix(p[t], gt, df_t[t])
-        dpost_t[t].copy_(_batched_product(gt, ft[t].to(res.dtype)))
-        dres_t[t].copy_(_batched_product(gt, x[t].to(res.dtype).transpose(1, 2)))
-    return dx, df, dpost, dres
+        dpost_t[t].copy_(_batched_product(gt, ft[t].to(post.dtype)))
+        if mix == "given":
+            dres_t[t].copy_(_batched_product(gt, x[t].to(post.dtype).transpose(1, 2)))
+        elif mix == "transposed":
+            dres_t[t].copy_(_batched_product(x[t].to(post.dtype), gt.transpose(1, 2)))
+    return df, dpost, dres
+
+
+def _per_token(x: Tensor, tokens: int) -> Tensor:
+    """[..., a, b] -> [T, a b], a view where there is one."""
+    return x.reshape(tokens, x.numel() // max(1, tokens))
 
 
 def _tiles(tokens: int, x: Tensor, iterated: bool = False) -> Iterator[slice]:
@@ -227,9 +295,14 @@ def _tiles(tokens: int, x: Tensor, iterated: bool = False) -> Iterator[slice]:
         yield slice(start, min(start + size, tokens))
 
 
-def _per_column(alpha: Tensor, n: int) -> Tensor:
-    """alpha [3] -> [n n + 2 n], one factor for each column of phi."""
-    return torch.cat([alpha[0:1].expand(n), alpha[1:2].expand(n), alpha[2:3].expand(n * n)])
+def per_column(alpha: Tensor, n: int) -> Tensor:
+    """alpha [groups] -> [columns], one factor for each column of phi."""
+    return torch.cat([one.expand(size) for one, size in zip(alpha.unbind(), (n, n, n * n), strict=False)])
+
+
+def per_group(dscale: Tensor, n: int, groups: int) -> Tensor:
+    """The other way round: sums over the columns of a group, [groups]."""
+    return torch.stack([part.sum() for part in dscale.split_with_sizes((n, n, n * n)[:groups])])
 
 
 def _project(x: Tensor, phi: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -288,31 +361,3 @@ def _mix(weights: Tensor, x: Tensor, out: Tensor, gain: Tensor | None = None, ex
 def _tokens_last(a: Tensor, n: int) -> Tensor:
     """[T, n n] -> [n, n, T], contiguous."""
     return a.t().contiguous().view(n, n, a.shape[0])
-
-
-def _first_columns(a: Tensor) -> Tensor:
-    """Log of the column-normalised exp(a), [n, n, T]."""
-    return _log_normalised(a, 0)
-
-
-def _first_rows(a: Tensor) -> Tensor:
-    return _log_normalised(a, 1)
-
-
-def _log_normalised(a: Tensor, dim: int) -> Tensor:
-    # Not a - logsumexp(a): that is rounded at the size of the maximum, 1e-4 for logits of a thousand.
-    a = a - a.amax(dim, keepdim=True)
-    return a.sub_(a.exp().sum(dim, keepdim=True).log_())
-
-
-def _half_steps(a: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """The matrices after each column step and after each row step, [iterations, n, n, T] each."""
-    columns = a.new_empty((iterations, *a.shape))
-    rows = torch.empty_like(columns)
-    a = _first_columns(a)
-    torch.exp(a, out=columns[0])
-    torch.exp(_first_rows(a), out=rows[0])
-    for k in range(1, iterations):
-        torch.div(rows[k - 1], rows[k - 1].sum(0), out=columns[k])
-        torch.div(columns[k], columns[k].sum(1, keepdim=True), out=rows[k])
-    return columns, rows

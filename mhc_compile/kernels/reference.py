@@ -27,7 +27,15 @@ def readout(streams: Tensor) -> Tensor:
 
 
 def coefficients(
-    streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, eps: float
+    streams: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    eps: float,
+    pre_eps: float = 0.0,
+    post_scale: float = 2.0,
+    post_eps: float = 0.0,
+    groups: int = 3,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The coefficients of one site (eq. 14 to 18), res still as logits.
 
@@ -35,40 +43,53 @@ def coefficients(
 
         r     = sqrt(mean(X^2) + eps)
         z     = vec(X) @ phi
-        pre   = sigmoid(alpha_0 z_pre / r + b_pre)
-        post  = 2 sigmoid(alpha_1 z_post / r + b_post)
+        pre   = sigmoid(alpha_0 z_pre / r + b_pre)              (+ pre_eps)
+        post  = 2 sigmoid(alpha_1 z_post / r + b_post)          (any factor, + post_eps)
         res~  = alpha_2 z_res / r + b_res
 
     streams [..., n, C]; phi [n C, n n + 2 n], its columns pre (n), post (n), res (n n, row-major); alpha [3];
     bias [n n + 2 n].  Returns pre [..., n], post [..., n] and the logits of res [..., n, n] in phi's dtype.
+    With 2 ``groups`` there is no res, with 1 no post either: empty, and without columns in phi and bias.
     """
     n = streams.shape[-2]
     x = streams.to(phi.dtype).flatten(-2)
     r = torch.sqrt(x.square().mean(-1, keepdim=True) + eps)
-    z = x @ phi
-    z_pre, z_post, z_res = z[..., :n], z[..., n : 2 * n], z[..., 2 * n :]
-    b_pre, b_post, b_res = bias[:n], bias[n : 2 * n], bias[2 * n :]
-    pre = torch.sigmoid(alpha[0] * z_pre / r + b_pre)
-    post = 2 * torch.sigmoid(alpha[1] * z_post / r + b_post)
-    logits = alpha[2] * z_res / r + b_res
-    return pre, post, logits.reshape(*logits.shape[:-1], n, n)
+    z, sizes = x @ phi, (n, n, n * n)[:groups]
+    a = [
+        scale * part / r + b
+        for scale, part, b in zip(alpha, z.split_with_sizes(sizes, -1), bias.split_with_sizes(sizes), strict=True)
+    ]
+    pre = torch.sigmoid(a[0]) + pre_eps
+    post = post_scale * torch.sigmoid(a[1]) + post_eps if groups > 1 else z[..., :0]
+    logits = a[2] if groups > 2 else z[..., :0]
+    entries = n if groups > 2 else 0
+    return pre, post, logits.reshape(*logits.shape[:-1], entries, entries)
 
 
-def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
+def sinkhorn(
+    logits: Tensor, iterations: int, divisor_eps: float = 0.0, rows_first: bool = False, implicit: bool = False
+) -> Tensor:
     """``M0 = exp(logits)``, then ``iterations`` times: columns by their sums, rows by theirs (eq. 9 and 19).
 
     ``M[..., i, j]``: row i is the output stream, column j the input stream; rows sum to 1.  [..., n, n] both.
+    ``rows_first`` turns the order round.  With ``divisor_eps`` e the first column step is ``softmax + e``, and all
+    divisors are sums + e (DeepSeek-V4).  ``implicit`` changes the gradient alone, and not here.
     """
-    # The first shift has to be the maximum of the axis that is normalised first: there it cancels, whereas a
-    # shift of rows would change the result.  After one iteration in log space every divisor is in
-    # [1 / n^2, n], and exp is safe.
-    for axis in (-2, -1):
-        logits = logits - logits.amax(axis, keepdim=True)
-        logits = logits - logits.exp().sum(axis, keepdim=True).log()
-    m = logits.exp()
+    first, second = (-1, -2) if rows_first else (-2, -1)
+    if divisor_eps:
+        m = logits.softmax(first) + divisor_eps
+        m = m / (m.sum(second, keepdim=True) + divisor_eps)
+    else:
+        # The first shift has to be the maximum of the axis that is normalised first: there it cancels, whereas a
+        # shift of the other would change the result.  After one iteration in log space every divisor is in
+        # [1 / n^2, n], and exp is safe.
+        for axis in (first, second):
+            logits = logits - logits.amax(axis, keepdim=True)
+            logits = logits - logits.exp().sum(axis, keepdim=True).log()
+        m = logits.exp()
     for _ in range(iterations - 1):
-        m = m / m.sum(-2, keepdim=True)
-        m = m / m.sum(-1, keepdim=True)
+        m = m / (m.sum(first, keepdim=True) + divisor_eps)
+        m = m / (m.sum(second, keepdim=True) + divisor_eps)
     return m
 
 
@@ -80,10 +101,18 @@ def aggregate(streams: Tensor, pre: Tensor) -> Tensor:
     return (pre.unsqueeze(-1) * streams.to(pre.dtype)).sum(-2).to(streams.dtype)
 
 
-def merge(streams: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
+def merge(
+    streams: Tensor, f: Tensor, post: Tensor, res: Tensor | None, transposed: bool = False, rounded: bool = False
+) -> Tensor:
     """The residual update (eq. 7): ``X'_i = sum_j res_ij X_j + post_i f``.
 
-    streams [..., n, C], f [..., C], post [..., n], res [..., n, n] -> [..., n, C] in streams' dtype.
+    streams [..., n, C], f [..., C], post [..., n], res [..., n, n] -> [..., n, C] in streams' dtype.  res None is the
+    identity; ``transposed``: res is [in, out]; ``rounded``: post and res are first rounded to streams' dtype.
     """
-    mixed = res @ streams.to(res.dtype)
-    return (mixed + post.unsqueeze(-1) * f.to(res.dtype).unsqueeze(-2)).to(streams.dtype)
+    dtype = post.dtype
+    if rounded:
+        post = post.to(streams.dtype).to(dtype)
+        res = None if res is None else res.to(streams.dtype).to(dtype)
+    x = streams.to(dtype)
+    mixed = x if res is None else (res.mT if transposed else res) @ x
+    return (mixed + post.unsqueeze(-1) * f.to(dtype).unsqueeze(-2)).to(streams.dtype)

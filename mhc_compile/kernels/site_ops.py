@@ -33,49 +33,65 @@ import torch
 from torch import Tensor
 from torch.utils import flop_counter
 
-from mhc_compile.errors import ConfigError, wrong
-from mhc_compile.kernels import ops, site_plain
-from mhc_compile.kernels.ops import _check, _fake, _like, _no_autocast, _op, _refuse_double_backward
+from mhc_compile.kernels import arguments, ops, plain, site_plain
+from mhc_compile.kernels.convention import Convention, of_site
+from mhc_compile.kernels.devices import has_kernel
+from mhc_compile.kernels.ops import _fake, _like, _no_autocast, _op, _refuse_double_backward
+
+_VARIANT = (
+    "float eps, int iterations, float pre_eps=0.0, float post_scale=2.0, float post_eps=0.0, int groups=3,"
+    " float divisor_eps=0.0, bool rows_first=False, bool transposed=False, bool rounded=False"
+)
 
 
 def read(
-    streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, eps: float, iterations: int
+    streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, eps: float, iterations: int, **variant: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """u, pre, post, res and the carrier of one site.
 
     streams [..., n, C]; phi [n C, n n + 2 n], alpha [3], bias [n n + 2 n] as for ``ops.coefficients``.  Returns
     u [..., C] in streams' dtype; pre [..., n], post [..., n], res [..., n, n] in phi's; the carrier [..., n, C], for
     ``merge_carried`` alone.  The op itself has two outputs more, z [n n + 2 n, ...] and r [...], for its backward.
+
+    ``variant``: pre_eps, post_scale, post_eps and groups as for ``ops.coefficients``; divisor_eps and rows_first as for
+    ``ops.sinkhorn``; transposed and rounded as its merges have them.
     """
-    result: tuple[Tensor, ...] = _read(streams, phi, alpha, bias, eps, iterations)
+    result: tuple[Tensor, ...] = _read(streams, phi, alpha, bias, eps, iterations, **variant)
     u, pre, post, res, carrier, _, _ = result
     return u, pre, post, res, carrier
 
 
-def merge_carried(streams: Tensor, f: Tensor, carrier: Tensor, post: Tensor, res: Tensor) -> Tensor:
+def merge_carried(
+    streams: Tensor,
+    f: Tensor,
+    carrier: Tensor,
+    post: Tensor,
+    res: Tensor | None,
+    transposed: bool = False,
+    rounded: bool = False,
+) -> Tensor:
     """``X'_i = sum_j res_ij X_j + post_i f``, as ``ops.merge``; its gradient reaches X through the carrier.
 
-    streams, carrier, post and res must be those of one ``read``.
+    streams, carrier, post and res must be those of one ``read``; res is None where that has none.
     """
-    result: Tensor = _merge_carried(streams, f, carrier, post, res)
+    result: Tensor = _merge_carried(streams, f, carrier, post, res, transposed, rounded)
     return result
 
 
 def _kernels(streams: Tensor) -> ModuleType:
-    """What computes a site on the device of its streams: a module with read, read_backward, merge, merge_backward.
-
-    The only place where a device is told from another.
-    """
+    """What computes a site: a module with read and read_backward."""
+    if has_kernel(streams, streams.shape[-2]):
+        return ops.kernels(streams)
     return site_plain
 
 
 # --- read -------------------------------------------------------------------------------------------------
 
 
-def _check_read(streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, iterations: int) -> None:
-    ops._check_coefficients(streams, phi, alpha, bias)
-    if iterations < 1:
-        raise ConfigError(wrong("iterations", iterations, "an integer >= 1", "the paper uses 20"))
+def _check_read(streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *variant: Any) -> Convention:
+    convention = of_site(*variant)
+    arguments.check_coefficients(streams, phi, alpha, bias, convention)
+    return convention
 
 
 def _carrier(streams: Tensor) -> Tensor:
@@ -84,25 +100,23 @@ def _carrier(streams: Tensor) -> Tensor:
 
 @_op(
     "read",
-    "(Tensor streams, Tensor phi, Tensor alpha, Tensor bias, float eps, int iterations)"
+    f"(Tensor streams, Tensor phi, Tensor alpha, Tensor bias, {_VARIANT})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _read(streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, eps: float, iterations: int) -> Any:
-    _check_read(streams, phi, alpha, bias, iterations)
+def _read(streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *variant: Any) -> Any:
+    convention = _check_read(streams, phi, alpha, bias, *variant)
     with _no_autocast(streams):
-        *coefficients, z, r = _kernels(streams).read(streams, phi, alpha, bias, eps, iterations)
+        *coefficients, z, r = _kernels(streams).read(streams, phi, alpha, bias, convention)
     return *coefficients, _carrier(streams), z, r
 
 
 @_fake(_read)
-def _(streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, eps: float, iterations: int) -> Any:
-    _check_read(streams, phi, alpha, bias, iterations)
+def _(streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *variant: Any) -> Any:
+    convention = _check_read(streams, phi, alpha, bias, *variant)
     *lead, n, features = streams.shape
     return (
         streams.new_empty((*lead, features)),
-        phi.new_empty((*lead, n)),
-        phi.new_empty((*lead, n)),
-        phi.new_empty((*lead, n, n)),
+        *plain.empty_coefficients(phi, lead, n, convention.groups),
         _carrier(streams),
         phi.new_empty((phi.shape[1], *lead)),
         phi.new_empty(lead),
@@ -113,8 +127,8 @@ def _(streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, eps: float, ite
 @_op(
     "read_backward",
     "(Tensor? grad_u, Tensor? grad_pre, Tensor? grad_post, Tensor? grad_res, Tensor? grad_merged, Tensor streams,"
-    " Tensor phi, Tensor alpha, Tensor bias, Tensor pre, Tensor res, Tensor z, Tensor r, int iterations,"
-    " bool wants_streams) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor phi, Tensor alpha, Tensor bias, Tensor pre, Tensor post, Tensor res, Tensor z, Tensor r,"
+    f" bool wants_streams, {_VARIANT}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _read_backward(
     grad_u: Tensor | None,
@@ -127,16 +141,17 @@ def _read_backward(
     alpha: Tensor,
     bias: Tensor,
     pre: Tensor,
+    post: Tensor,
     res: Tensor,
     z: Tensor,
     r: Tensor,
-    iterations: int,
     wants_streams: bool,
+    *variant: Any,
 ) -> Any:
     grads = (grad_u, grad_pre, grad_post, grad_res, grad_merged)
-    kept = (streams, phi, alpha, bias, pre, res, z, r)
+    kept = (streams, phi, alpha, bias, pre, post, res, z, r)
     with _no_autocast(streams):
-        return _kernels(streams).read_backward(*grads, *kept, iterations, wants_streams)
+        return _kernels(streams).read_backward(*grads, *kept, of_site(*variant), wants_streams)
 
 
 @_fake(_read_backward)
@@ -151,28 +166,29 @@ def _(
     alpha: Tensor,
     bias: Tensor,
     pre: Tensor,
+    post: Tensor,
     res: Tensor,
     z: Tensor,
     r: Tensor,
-    iterations: int,
     wants_streams: bool,
+    *variant: Any,
 ) -> Any:
     dx = _like(streams) if wants_streams else streams.new_empty(0)
     return dx, _like(phi), _like(alpha), _like(bias)
 
 
 def _read_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _, ctx.iterations = inputs
-    _, pre, _, res, _, z, r = output
-    ctx.save_for_backward(*tensors, pre, res, z, r)
+    tensors, ctx.variant = inputs[:4], inputs[4:]
+    _, pre, post, res, _, z, r = output
+    ctx.save_for_backward(*tensors, pre, post, res, z, r)
     ctx.mark_non_differentiable(z, r)
     ctx.set_materialize_grads(False)
 
 
 def _read_vjp(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     wants_streams = ctx.needs_input_grad[0]
-    dx, *others = _read_backward(*grads[:5], *ctx.saved_tensors, ctx.iterations, wants_streams)
-    return dx if wants_streams else None, *others, None, None
+    dx, *others = _read_backward(*grads[:5], *ctx.saved_tensors, wants_streams, *ctx.variant)
+    return dx if wants_streams else None, *others, *(None for _ in ctx.variant)
 
 
 _read.register_autograd(_read_vjp, setup_context=_read_setup)
@@ -182,47 +198,55 @@ _read_backward.register_autograd(_refuse_double_backward)
 # --- merge ------------------------------------------------------------------------------------------------
 
 
-def _check_merge_carried(streams: Tensor, f: Tensor, carrier: Tensor, post: Tensor, res: Tensor) -> None:
-    ops._check_merge(streams, f, post, res)
-    _check("carrier", carrier, tuple(streams.shape), streams.dtype, "[..., n, C]")
+def _check_merge_carried(streams: Tensor, f: Tensor, carrier: Tensor, post: Tensor, res: Tensor | None) -> None:
+    arguments.check_merge(streams, f, post, res)
+    arguments.check_one("carrier", carrier, tuple(streams.shape), streams.dtype, "[..., n, C]")
 
 
-@_op("merge_carried", "(Tensor streams, Tensor f, Tensor carrier, Tensor post, Tensor res) -> Tensor")
-def _merge_carried(streams: Tensor, f: Tensor, carrier: Tensor, post: Tensor, res: Tensor) -> Tensor:
+@_op(
+    "merge_carried",
+    "(Tensor streams, Tensor f, Tensor carrier, Tensor post, Tensor? res, bool transposed=False, bool rounded=False)"
+    " -> Tensor",
+)
+def _merge_carried(
+    streams: Tensor, f: Tensor, carrier: Tensor, post: Tensor, res: Tensor | None, *variant: bool
+) -> Tensor:
     _check_merge_carried(streams, f, carrier, post, res)
     with _no_autocast(streams):
-        merged: Tensor = _kernels(streams).merge(streams, f, post, res)
+        merged: Tensor = ops.kernels(streams).merge(streams, f, post, res, *variant)
     return merged
 
 
 @_fake(_merge_carried)
-def _(streams: Tensor, f: Tensor, carrier: Tensor, post: Tensor, res: Tensor) -> Tensor:
+def _(streams: Tensor, f: Tensor, carrier: Tensor, post: Tensor, res: Tensor | None, *variant: bool) -> Tensor:
     _check_merge_carried(streams, f, carrier, post, res)
     return _like(streams)
 
 
 @_op(
     "merge_carried_backward",
-    "(Tensor grad, Tensor streams, Tensor f, Tensor post) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor streams, Tensor f, Tensor post, str mix, bool rounded) -> (Tensor, Tensor, Tensor)",
 )
-def _merge_carried_backward(grad: Tensor, streams: Tensor, f: Tensor, post: Tensor) -> Any:
+def _merge_carried_backward(grad: Tensor, streams: Tensor, f: Tensor, post: Tensor, mix: str, rounded: bool) -> Any:
     with _no_autocast(streams):
-        return _kernels(streams).merge_backward(grad, streams, f, post)
+        return ops.kernels(streams).branch_backward(grad, streams, f, post, mix, rounded)
 
 
 @_fake(_merge_carried_backward)
-def _(grad: Tensor, streams: Tensor, f: Tensor, post: Tensor) -> Any:
-    return _like(f), _like(post), post.new_empty((*post.shape, post.shape[-1]))
+def _(grad: Tensor, streams: Tensor, f: Tensor, post: Tensor, mix: str, rounded: bool) -> Any:
+    entries = 0 if mix == "identity" else post.shape[-1]
+    return _like(f), _like(post), post.new_empty((*post.shape[:-1], entries, entries))
 
 
 def _merge_carried_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    streams, f, _, post, _ = inputs
+    streams, f, _, post, res, transposed, ctx.rounded = inputs
+    ctx.mix = "identity" if res is None else "transposed" if transposed else "given"
     ctx.save_for_backward(streams, f, post)
 
 
 def _merge_carried_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    df, dpost, dres = _merge_carried_backward(grad, *ctx.saved_tensors)
-    return None, df, grad, dpost, dres
+    df, dpost, dres = _merge_carried_backward(grad, *ctx.saved_tensors, ctx.mix, ctx.rounded)
+    return None, df, grad, dpost, None if ctx.mix == "identity" else dres, None, None
 
 
 _merge_carried.register_autograd(_merge_carried_vjp, setup_context=_merge_carried_setup)
@@ -250,7 +274,7 @@ def _read_backward_flops(
     project, one = 2 * prod(streams[:-2]) * prod(phi), 2 * prod(streams)
     to_parameters = project + one * (grad_u is not None)
     to_streams = to_parameters + one * streams[-2] * (grad_merged is not None)
-    wants_streams = bool(args[-1])
+    wants_streams = bool(args[7])
     return to_parameters + to_streams * wants_streams
 
 

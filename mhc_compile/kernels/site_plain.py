@@ -12,31 +12,35 @@ import math
 import torch
 from torch import Tensor
 
-from mhc_compile.kernels import plain
+from mhc_compile.kernels import plain, plain_sinkhorn
+from mhc_compile.kernels.convention import Convention
 
 
 def read(
-    streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, eps: float, iterations: int
+    streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, convention: Convention
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """u, pre, post and res, and for the backward ``z = vec(X) @ phi`` [n n + 2 n, ...] and r [...]."""
+    """u, pre, post and res, and for the backward ``z = vec(X) @ phi`` [columns, ...] and r [...]."""
     *lead, n, features = streams.shape
     tokens, (width, columns) = math.prod(lead), phi.shape
     x = streams.reshape(tokens, width)
     u = streams.new_empty((*lead, features))
-    pre, post, res = phi.new_empty((*lead, n)), phi.new_empty((*lead, n)), phi.new_empty((*lead, n, n))
+    pre, post, res = plain.empty_coefficients(phi, lead, n, convention.groups)
     z, r = phi.new_empty((columns, *lead)), phi.new_empty(lead)
     z_t, r_t, pre_t, u_t = z.view(columns, tokens), r.view(tokens), pre.view(tokens, n), u.view(tokens, 1, features)
-    scale = plain._per_column(alpha, n)
+    scale = plain.per_column(alpha, n)
     for t in plain._tiles(tokens, streams):
         xt = x[t].to(phi.dtype)
-        zt, rt = plain._project(xt, phi, eps)
+        zt, rt = plain._project(xt, phi, convention.rms_eps)
         z_t[:, t].copy_(zt.t())
         r_t[t].copy_(rt[:, 0])
-        torch.sigmoid(torch.addcmul(bias[:n], zt[:, :n] / rt, scale[:n]), out=pre_t[t])
+        torch.sigmoid(torch.addcmul(bias[:n], zt[:, :n] / rt, scale[:n]), out=pre_t[t]).add_(convention.pre_eps)
         plain._mix(pre_t[t].unsqueeze(1), xt.view(-1, n, features), u_t[t])
-    rest = _logits(z_t[n:], r_t, scale[n:], bias[n:])
-    post.view(tokens, n).copy_(rest[:n].sigmoid_().mul_(2).t())
-    _sinkhorn(rest[n:].view(n, n, tokens), iterations, res.view(tokens, n * n))
+    if convention.post:
+        rest = _logits(z_t[n:], r_t, scale[n:], bias[n:])
+        opened = rest[:n].sigmoid_().mul_(convention.post_scale).add_(convention.post_eps)
+        post.view(tokens, n).copy_(opened.t())
+        if convention.res != "none":
+            _sinkhorn(rest[n:].view(n, n, tokens), convention, res.view(tokens, n * n))
     return u, pre, post, res, z, r
 
 
@@ -51,10 +55,11 @@ def read_backward(
     alpha: Tensor,
     bias: Tensor,
     pre: Tensor,
+    post: Tensor,
     res: Tensor,
     z: Tensor,
     r: Tensor,
-    iterations: int,
+    convention: Convention,
     wants_streams: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of streams (empty unless ``wants_streams``), phi, alpha and bias.
@@ -70,49 +75,38 @@ def read_backward(
     du = None if grad_u is None else grad_u.reshape(tokens, 1, features)
     g = None if grad_merged is None else grad_merged.reshape(tokens, n, features)
     z, r = z.reshape(columns, tokens), r.reshape(tokens)
-    d = z.new_empty((columns, tokens))
-    d[:n] = 0 if grad_pre is None else grad_pre.reshape(tokens, n).t()
-    d[n : 2 * n] = 0 if grad_post is None else grad_post.reshape(tokens, n).t()
-    d[2 * n :] = 0 if grad_res is None else grad_res.reshape(tokens, n * n).t()
+    d, sizes = z.new_zeros((columns, tokens)), (n, n, n * n)[: convention.groups]
+    for part, grad in zip(d.split_with_sizes(sizes), (grad_pre, grad_post, grad_res), strict=False):
+        if grad is not None:
+            part.copy_(grad.reshape(tokens, -1 if tokens else len(part)).t())
     if du is not None:
         _add_products(d[:n], x, du)
-    scale = plain._per_column(alpha, n)
-    a = _logits(z, r, scale, bias)
-    s = a[: 2 * n].sigmoid_()
-    d[: 2 * n].mul_(s * (1 - s))
-    d[n : 2 * n].mul_(2)
-    if grad_res is not None:
-        _sinkhorn_backward(d[2 * n :].view(n, n, tokens), a[2 * n :].view(n, n, tokens), iterations)
-    dbias = d.sum(1)
-    d.div_(r)
-    dscale = (d * z).sum(1)
-    dalpha = torch.stack([dscale[:n].sum(), dscale[n : 2 * n].sum(), dscale[2 * n :].sum()])
-    dz = d.mul_(scale.unsqueeze(1))
+    dalpha, dbias = _through_gates(d, z, r, alpha, bias, n, convention, grad_res is not None)
+    dz = d.mul_(plain.per_column(alpha, n).unsqueeze(1))
     pull = (dz * z).sum(0).div_(r * r * (n * features))
     dx = streams.new_empty(streams.shape if wants_streams else (0,))
     if wants_streams:
-        weights = pre.reshape(tokens, n, 1), res.reshape(tokens, n, n).transpose(1, 2)
+        matrix = None if convention.res == "none" else res
+        _, mix = plain.merge_weights(streams, pre, matrix, convention.transposed, convention.rounded)
+        weights = pre.reshape(tokens, n, 1), None if mix is None else mix.transpose(1, 2)
         _write_streams(dx.view(tokens, n, features), x, du, g, weights, dz, pull, phi)
     return dx, _projected(x, dz, phi), dalpha, dbias
 
 
-merge = plain.merge  # the forward is that of the term alone
-
-
-def merge_backward(grad: Tensor, streams: Tensor, f: Tensor, post: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``df = sum_i post_i G_i``, ``dpost_i = <G_i, f>``, ``dres_ij = <G_i, X_j>``: everything but the streams'."""
-    *lead, n, features = streams.shape
-    tokens = math.prod(lead)
-    x, ft = streams.reshape(tokens, n, features), f.reshape(tokens, features, 1)
-    g, p = grad.reshape(tokens, n, features), post.reshape(tokens, 1, n)
-    df, dpost, dres = f.new_empty(f.shape), post.new_empty(post.shape), post.new_empty((*lead, n, n))
-    df_t, dpost_t, dres_t = df.view(tokens, 1, features), dpost.view(tokens, n, 1), dres.view(tokens, n, n)
-    for t in plain._tiles(tokens, streams):
-        gt = g[t].to(post.dtype)
-        plain._mix(p[t], gt, df_t[t])
-        dpost_t[t].copy_(plain._batched_product(gt, ft[t].to(post.dtype)))
-        dres_t[t].copy_(plain._batched_product(gt, x[t].to(post.dtype).transpose(1, 2)))
-    return df, dpost, dres
+def _through_gates(
+    d: Tensor, z: Tensor, r: Tensor, alpha: Tensor, bias: Tensor, n: int, convention: Convention, has_res: bool
+) -> tuple[Tensor, Tensor]:
+    """Turn d [columns, T], the gradients of the coefficients, into dz / alpha in place; dalpha and dbias."""
+    gates = min(convention.groups, 2) * n
+    a = _logits(z, r, plain.per_column(alpha, n), bias)
+    s = a[:gates].sigmoid_()
+    d[:gates].mul_(s * (1 - s))
+    d[n:gates].mul_(convention.post_scale)
+    if has_res:
+        _sinkhorn_backward(d[gates:].view(n, n, -1), a[gates:].view(n, n, -1), convention)
+    dbias = d.sum(1)
+    d.div_(r)
+    return plain.per_group((d * z).sum(1), n, convention.groups), dbias
 
 
 # --- the passes of read's backward ------------------------------------------------------------------------
@@ -130,19 +124,23 @@ def _write_streams(
     x: Tensor,
     du: Tensor | None,
     g: Tensor | None,
-    weights: tuple[Tensor, Tensor],
+    weights: tuple[Tensor, Tensor | None],
     dz: Tensor,
     pull: Tensor,
     phi: Tensor,
 ) -> None:
-    """dX [T, n, C] from all that has a part in it; ``weights`` are pre [T, n, 1] and res turned [T, n, n]."""
+    """dX [T, n, C] from all that has a part in it; ``weights`` are pre [T, n, 1] and res turned [T, n, n].
+
+    Without a res the streams get G as it is."""
     pre, res_t = weights
     for t in plain._tiles(len(x), x):
         xt = x[t].to(phi.dtype)
         out = dx[t] if dx.dtype == phi.dtype else torch.empty_like(xt)
         plain._product(dz[:, t].t(), phi.t(), out=out.view(len(xt), -1))
         out.addcmul_(xt, pull[t].view(-1, 1, 1), value=-1)
-        if g is not None:
+        if g is not None and res_t is None:
+            out.add_(g[t])
+        elif g is not None and res_t is not None:
             _add_mix(out, res_t[t], g[t].to(phi.dtype))
         if du is not None:
             out.addcmul_(pre[t], du[t].to(phi.dtype))
@@ -176,24 +174,15 @@ def _logits(z: Tensor, r: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     return torch.addcmul(bias.unsqueeze(1), z / r, scale.unsqueeze(1))
 
 
-def _sinkhorn(logits: Tensor, iterations: int, out: Tensor) -> None:
-    """Doubly stochastic matrices for logits [n, n, T], into out [T, n n]."""
+def _sinkhorn(logits: Tensor, convention: Convention, out: Tensor) -> None:
+    """The matrices for logits [n, n, T], into out [T, n n]."""
     n, _, tokens = logits.shape
     for t in plain._tiles(tokens, out, iterated=True):
-        m = plain._first_rows(plain._first_columns(logits[:, :, t])).exp_()
-        for _ in range(iterations - 1):
-            m.div_(m.sum(0))
-            m.div_(m.sum(1, keepdim=True))
+        m = plain_sinkhorn.sinkhorn(logits[:, :, t], convention)
         out[t].copy_(m.reshape(n * n, -1).t())
 
 
-def _sinkhorn_backward(grad: Tensor, logits: Tensor, iterations: int) -> None:
+def _sinkhorn_backward(grad: Tensor, logits: Tensor, convention: Convention) -> None:
     """Turn the gradient of the matrices into that of their logits, [n, n, T] both, in place."""
-    tokens = logits.shape[2]
-    for t in plain._tiles(tokens, logits.permute(2, 0, 1), iterated=True):
-        columns, rows = plain._half_steps(logits[:, :, t], iterations)
-        g = grad[:, :, t]
-        g.mul_(rows[-1])
-        for k in reversed(range(iterations)):
-            g.addcmul_(rows[k], g.sum(1, keepdim=True), value=-1)
-            g.addcmul_(columns[k], g.sum(0), value=-1)
+    for t in plain._tiles(logits.shape[2], logits.permute(2, 0, 1), iterated=True):
+        plain_sinkhorn.sinkhorn_backward(grad[:, :, t], logits[:, :, t], convention)

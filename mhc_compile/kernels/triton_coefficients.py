@@ -13,8 +13,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from mhc_compile.kernels.convention import Coefficients, Convention
 from mhc_compile.kernels.triton_aggregate import aggregate_tile
-from mhc_compile.kernels.triton_convention import Coefficients, Convention
 from mhc_compile.kernels.triton_launch import Constants, cdiv, check, check_streams, jit, lanes, launch
 from mhc_compile.kernels.triton_project import pack, project
 from mhc_compile.kernels.triton_sinkhorn import matrix_tile, sinkhorn_of, store_matrix
@@ -469,7 +469,7 @@ def _launch_finish(
         "NP": width,
         "K": convention.columns(n),
         "RES": convention.res,
-        "TRANSPOSED": convention.transposed,
+        "TRANSPOSED": convention.rows_first,
         "E": convention.divisor_eps,
         "RMS_EPS": convention.rms_eps,
         "PRE_EPS": convention.pre_eps,

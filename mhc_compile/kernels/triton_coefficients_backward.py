@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mhc_compile.errors import ConfigError, wrong
+from mhc_compile.kernels.convention import Coefficients, Convention
 from mhc_compile.kernels.triton_coefficients import (
     check_parameters,
     gate,
@@ -23,7 +24,6 @@ from mhc_compile.kernels.triton_coefficients import (
     summed_matrix,
     z_columns,
 )
-from mhc_compile.kernels.triton_convention import Coefficients, Convention
 from mhc_compile.kernels.triton_launch import cdiv, check, check_streams, column_block, jit, lanes, launch
 from mhc_compile.kernels.triton_sinkhorn import load_matrix, matrix_tile, sinkhorn_gradient, store_matrix
 from mhc_compile.kernels.triton_tiles import load_rows, load_vector, nothing, partial_products, row_sums, zeros
@@ -312,7 +312,7 @@ def coefficients_backward(
             "NP": width,
             "K": columns,
             "RES": convention.res,
-            "TRANSPOSED": convention.transposed,
+            "TRANSPOSED": convention.rows_first,
             "E": convention.divisor_eps,
             "POST_SCALE": convention.post_scale,
             "PRE_SHARE": int(given),

@@ -107,13 +107,13 @@ def check_res(res: Tensor | None, mix: str, lead: tuple[int, ...], n: int, strea
 
 
 def merge(
-    streams: Tensor, f: Tensor, post: Tensor, res: Tensor | None, mix: str = "given", round_coefficients: bool = False
+    streams: Tensor, f: Tensor, post: Tensor, res: Tensor | None, mix: str = "given", rounds: bool = False
 ) -> Tensor:
     """``X'_i = sum_j res_ij X_j + post_i f``, rounded once, to streams' dtype.
 
     streams [..., n, C]; f [..., C], of streams' dtype or one that promotes to it; post [..., n] and
     res [..., n, n], float32.  ``mix`` says what res is: "given" [out, in], "transposed" [in, out], or "identity"
-    (res is not read).  With ``round_coefficients`` post and res are first rounded to streams' dtype.
+    (res is not read).  With ``rounds`` post and res are first rounded to streams' dtype.
     """
     tokens, n, features = check_streams(streams)
     lead = tuple(streams.shape[:-2])
@@ -136,7 +136,7 @@ def merge(
             "N": n,
             "C": features,
             "MIX": mix,
-            "ROUND": round_coefficients and streams.dtype != torch.float32,
+            "ROUND": rounds and streams.dtype != torch.float32,
             "BLOCK_T": block_t,
             "BLOCK_C": block_c,
         },

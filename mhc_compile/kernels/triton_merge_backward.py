@@ -132,7 +132,7 @@ def merge_backward(
     f: Tensor,
     post: Tensor,
     mix: str = "given",
-    round_coefficients: bool = False,
+    rounds: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """df [..., C] in f's dtype, dpost [..., n] and dres [..., n, n], float32.
 
@@ -156,7 +156,7 @@ def merge_backward(
         "N": n,
         "C": features,
         "TRANSPOSED": mix == "transposed",
-        "ROUND": round_coefficients and grad.dtype != torch.float32,
+        "ROUND": rounds and grad.dtype != torch.float32,
         "BLOCK_T": block_t,
         "BLOCK_C": block_c,
     }

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mhc_compile.errors import ShapeError, wrong
-from mhc_compile.kernels.triton_convention import check_iterations
+from mhc_compile.kernels.convention import check_iterations
 from mhc_compile.kernels.triton_launch import MAX_STREAMS, cdiv, check, check_device, jit, lanes, launch, power_of_two
 from mhc_compile.kernels.triton_tiles import nothing
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mhc_compile.errors import ConfigError, wrong
-from mhc_compile.kernels.triton_convention import Coefficients, Convention, SiteGradients
+from mhc_compile.kernels.convention import Coefficients, Convention, SiteGradients
 
 
 def site_backward(
@@ -70,9 +70,9 @@ def site_backward(
         "packed": pack(phi, streams) if packed is None else packed,
     }
     if n <= 4:
-        dx, dphi, sums = streams_backward({**reads, "z": site.z}, convention.mix, convention.round_coefficients)
+        dx, dphi, sums = streams_backward({**reads, "z": site.z}, convention.mix, convention.rounded)
     else:
-        dx = wide_backward(reads, convention.mix, convention.round_coefficients)
+        dx = wide_backward(reads, convention.mix, convention.rounded)
         dphi, sums = phi_shares(streams, d, site.z, site.r, alpha)
     turned = phi.t().is_contiguous() and not phi.is_contiguous()
     return SiteGradients(dx, *add_shares(dphi, sums, n, convention.groups, turned))

@@ -226,9 +226,7 @@ def _streams_backward(
     tl.store(sum_shares + share * (2 * K) + K + k, scale_sum, mask=first)
 
 
-def streams_backward(
-    reads: dict[str, Tensor | None], mix: str, round_coefficients: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def streams_backward(reads: dict[str, Tensor | None], mix: str, rounds: bool) -> tuple[Tensor, Tensor, Tensor]:
     """dX, and shares of dphi [shares, K, n C] and of the sums for bias and alpha [shares, 2, K].
 
     ``reads`` are the arguments of the kernel of these names, checked and contiguous.
@@ -252,7 +250,7 @@ def streams_backward(
         "KP": max(16, power_of_two(columns)),
         "PULLS": len(pull),
         "MIX": mix if reads["grad"] is not None else "none",
-        "ROUND": round_coefficients and streams.dtype != torch.float32,
+        "ROUND": rounds and streams.dtype != torch.float32,
         "PRECISION": float32_precision(),
         "BLOCK_T": block_t,
         "BLOCK_C": block_c,

@@ -67,7 +67,7 @@ def _wide_backward(
     tl.store(dx + rows[:, None] * (N * C) + places[None, :], total.to(dx.dtype.element_ty), mask=mask)
 
 
-def wide_backward(reads: dict[str, Tensor | None], mix: str, round_coefficients: bool) -> Tensor:
+def wide_backward(reads: dict[str, Tensor | None], mix: str, rounds: bool) -> Tensor:
     """dX; arguments as for :func:`~mhc_compile.kernels.triton_streams_backward.streams_backward`, without z."""
     streams, d, pull = reads["streams"], reads["d"], reads["pull"]
     assert streams is not None and d is not None and pull is not None
@@ -89,7 +89,7 @@ def wide_backward(reads: dict[str, Tensor | None], mix: str, round_coefficients:
             "K": columns,
             "PULLS": len(pull),
             "MIX": mix if reads["grad"] is not None else "none",
-            "ROUND": round_coefficients and streams.dtype != torch.float32,
+            "ROUND": rounds and streams.dtype != torch.float32,
             "PRECISION": float32_precision(),
             "BLOCK_T": block_t,
             "BLOCK_C": block_c,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import fx
@@ -40,13 +41,16 @@ def expand(
     n: int,
     iterations: int,
     eps: float,
+    implicit: bool = False,
 ) -> None:
     """Rewrite the trunks of `gm` in place; `parameters` gives each site's phi, alpha and bias nodes.
 
-    `flow` is the dataflow of the graph as the trunks were found in it.
+    `implicit`: the gradient of Sinkhorn, as in MHCConfig. `flow` is the dataflow of the graph as the trunks were found in it.
     """
     dead = {node for node in gm.graph.nodes if not node.users}
-    _Widening(gm.graph, trunks, flow, parameters, n, iterations, eps).run()
+    _Widening(
+        gm.graph, trunks, flow, parameters, n, eps, (iterations, 0.0, False, True) if implicit else (iterations,)
+    ).run()
     for node in reversed(gm.graph.nodes):
         if node.op == "call_function" and not node.users and node not in dead and not node.is_impure():
             gm.graph.erase_node(node)
@@ -62,11 +66,11 @@ class _Widening:
         flow: Dataflow,
         parameters: Parameters,
         n: int,
-        iterations: int,
         eps: float,
+        balance: tuple[Any, ...],
     ) -> None:
         self.graph, self.emit, self.flow, self.parameters = graph, Emitter(graph), flow, parameters
-        self.n, self.iterations, self.eps = n, iterations, eps
+        self.n, self.eps, self.balance = n, eps, balance  # balance: the arguments of Sinkhorn
         self.trunks = trunks
         self.streams: dict[fx.Node, Streams] = {}
         self.readouts: dict[fx.Node, fx.Node] = {}
@@ -174,7 +178,7 @@ class _Widening:
             with self.graph.inserting_before(place):
                 read = self.emit.call(mhc.coefficients.default, state.node, *self.parameters(site), self.eps, like=like)
                 pre, post, logits = (self.emit.call(operator.getitem, read, part, like=like) for part in range(3))
-                res = self.emit.call(mhc.sinkhorn.default, logits, self.iterations, like=like)
+                res = self.emit.call(mhc.sinkhorn.default, logits, *self.balance, like=like)
                 u = self.emit.call(mhc.aggregate.default, state.node, pre, like=like)
                 for made in (read, res, u):
                     made.meta["mhc_site"] = site.name

@@ -7,8 +7,9 @@
     f = F(u)                                       f = F(u)
     X' = merge(X, f, post, res)                    X' = merge_carried(X, f, carrier, post, res)
 
-A site is matched by its values alone, from its coefficients on. Whoever else reads X, pre, post or res goes on reading
-it. What does not fit stays on level 1, which is always right, and a note says why.
+A site without mixing has no Sinkhorn, and a head is coefficients and an aggregate alone. A site is matched by its
+values alone, from its coefficients on. Whoever else reads X, pre, post or res goes on reading it. What does not fit
+stays on level 1, which is always right, and a note says why.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ LOGITS = "the logits of its res are not read by one Sinkhorn alone"
 SKIP = "its merge does not take the streams that it reads: an op on the skip (a scale, a mask, a cast) changes them"
 WRITTEN = "an op writes in place into its streams"
 GRADIENTS = "its ops stand in regions of different grad mode"
+IMPLICIT = "there is no kernel of a site whose Sinkhorn has an implicit gradient"
+MERGES = "its merges differ in how they take res (transposed, rounded)"
+UNREAD = "no aggregate reads its streams with its pre"
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class SiteOps:
     coefficients: fx.Node
     pre: tuple[fx.Node, ...]
     post: tuple[fx.Node, ...]
-    sinkhorn: fx.Node
+    sinkhorn: fx.Node | None
     aggregates: tuple[fx.Node, ...]
     merges: tuple[fx.Node, ...]
 
@@ -73,17 +77,40 @@ def match(start: fx.Node, flow: Dataflow) -> SiteOps | str:
     """The site that the coefficients `start` belong to, or the reason why it stays on level 1."""
     streams: Any = start.args[0]
     pre, post, logits = (_output(start, place) for place in range(3))
-    res = _readers(logits)
-    if [reader.target for reader in res] != [mhc.sinkhorn.default]:
-        return LOGITS
     aggregates = _calls(mhc.aggregate.default, [streams], pre)
-    merges = _calls(mhc.merge.default, [streams], None, post, res)
-    if not merges:
+    res: list[fx.Node] | None = None
+    if _groups(start) == 3:
+        res = _readers(logits)
+        if [reader.target for reader in res] != [mhc.sinkhorn.default]:
+            return LOGITS
+        if given(res[0], "implicit", False):
+            return IMPLICIT
+    merges = _calls(mhc.merge.default, [streams], None, post, res) if post else ()
+    if _groups(start) > 1 and not merges:
         return SKIP
+    if not merges and not aggregates:
+        return UNREAD
+    if len({_manner(merge) for merge in merges}) > 1:
+        return MERGES
     if flow.is_mutated(streams):
         return WRITTEN
-    frozen = {flow.has(flow.without_grad, op) for op in (start, *res, *aggregates, *merges)}
-    return GRADIENTS if len(frozen) > 1 else SiteOps(start, pre, post, res[0], aggregates, merges)
+    frozen = {flow.has(flow.without_grad, op) for op in (start, *(res or ()), *aggregates, *merges)}
+    return GRADIENTS if len(frozen) > 1 else SiteOps(start, pre, post, res[0] if res else None, aggregates, merges)
+
+
+def given(node: fx.Node, name: str, default: Any) -> Any:
+    """The argument of a call of an op, by name or by place."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    place = names.index(name)
+    return node.kwargs.get(name, node.args[place] if place < len(node.args) else default)
+
+
+def _groups(start: fx.Node) -> int:
+    return int(given(start, "groups", 3))
+
+
+def _manner(merge: fx.Node) -> tuple[bool, bool]:
+    return bool(given(merge, "transposed", False)), bool(given(merge, "rounded", False))
 
 
 def _output(start: fx.Node, place: int) -> tuple[fx.Node, ...]:
@@ -96,14 +123,20 @@ def _readers(nodes: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def _calls(target: Any, *wanted: Sequence[fx.Node] | None) -> tuple[fx.Node, ...]:
-    """The calls of `target` whose arguments are each among the nodes wanted there; None stands for any node."""
-    assert wanted[-1] is not None
+    """The calls of `target` whose arguments are each among the nodes wanted there; None stands for any value."""
+    known = next(nodes for nodes in reversed(wanted) if nodes is not None)
     return tuple(
         user
-        for user in _readers(wanted[-1])
+        for user in _readers(known)
         if user.target is target
-        and all(known is None or given in known for given, known in zip(user.args, wanted, strict=True))
+        and all(nodes is None or value in nodes for value, nodes in zip(user.args, wanted, strict=False))
+        and _mixes_alike(user, wanted)
     )
+
+
+def _mixes_alike(user: fx.Node, wanted: tuple[Sequence[fx.Node] | None, ...]) -> bool:
+    """A merge without res belongs to a site without one."""
+    return len(wanted) < 4 or wanted[3] is not None or user.args[3] is None
 
 
 def _note(reason: str, sites: list[str]) -> str:
@@ -115,24 +148,48 @@ def _note(reason: str, sites: list[str]) -> str:
 
 
 def _rewrite(emitter: Emitter, site: SiteOps) -> None:
-    graph, start = emitter.graph, site.coefficients
+    graph, start, balance = emitter.graph, site.coefficients, site.sinkhorn
     with graph.inserting_before(start):
-        read = emitter.call(mhc.read.default, *start.args, site.sinkhorn.args[1], like=start)
+        read = emitter.call(mhc.read.default, *start.args[:4], *_variant(site), like=start)
         u, pre, post, res, carrier = (emitter.call(operator.getitem, read, place, like=start) for place in range(5))
     made = [read, u, res]
     for merge in site.merges:
         with graph.inserting_before(merge):
-            args = (*merge.args[:2], carrier, post, res)
+            args = (*merge.args[:2], carrier, post, None if balance is None else res, *_manner(merge))
             made.append(emitter.call(mhc.merge_carried.default, *args, like=merge))
         merge.replace_all_uses_with(made[-1])
         graph.erase_node(merge)
-    for olds, new in ((site.aggregates, u), ([site.sinkhorn], res), (site.pre, pre), (site.post, post)):
+    replaced = [(site.aggregates, u), (site.pre, pre), (site.post, post)]
+    for olds, new in [*replaced, ([balance], res)] if balance is not None else replaced:
         for old in olds:
             old.replace_all_uses_with(new)
             graph.erase_node(old)
     for node in made:
         if "mhc_site" in start.meta:
             node.meta["mhc_site"] = start.meta["mhc_site"]
-    for node in [*start.users, start, u, pre]:
+    for node in [*start.users, start, u, pre, post, res, carrier]:
         if not node.users:  # the logits and what they came from, and outputs of `read` that nobody wanted
             graph.erase_node(node)
+
+
+def _variant(site: SiteOps) -> tuple[Any, ...]:
+    """The arguments of `read` after the parameters, as far as they are not its defaults."""
+    start, balance = site.coefficients, site.sinkhorn
+    transposed, rounded = _manner(site.merges[0]) if site.merges else (False, False)
+    values = (
+        start.args[4],
+        1 if balance is None else balance.args[1],
+        *(given(start, name, default) for name, default in _GATES.items()),
+        *(default if balance is None else given(balance, name, default) for name, default in _BALANCE.items()),
+        transposed,
+        rounded,
+    )
+    defaults = (*_GATES.values(), *_BALANCE.values(), False, False)
+    kept = len(values)
+    while kept > 2 and values[kept - 1] == defaults[kept - 3]:
+        kept -= 1
+    return values[:kept]
+
+
+_GATES = {"pre_eps": 0.0, "post_scale": 2.0, "post_eps": 0.0, "groups": 3}
+_BALANCE = {"divisor_eps": 0.0, "rows_first": False}

@@ -95,6 +95,7 @@ def rewrite(analysis: Analysis, config: MHCConfig, parameters: Parameters) -> li
             n=config.n,
             iterations=config.iterations,
             eps=config.eps,
+            implicit=config.implicit_gradient,
         )
         return Outcome(bool(analysis.trunks))
 

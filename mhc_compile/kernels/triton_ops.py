@@ -1,0 +1,155 @@
+"""The ops on Triton kernels, with the signatures of ``plain`` and ``site_plain``.
+
+What of level 1 has no backward kernel of its own runs in plain torch: the backward of an aggregate or a merge by
+itself.  A site that was lowered needs neither.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhc_compile.kernels import plain
+from mhc_compile.kernels.convention import Coefficients, Convention
+from mhc_compile.kernels.triton_aggregate import aggregate
+from mhc_compile.kernels.triton_coefficients import coefficients as _coefficients
+from mhc_compile.kernels.triton_coefficients import read as _read
+from mhc_compile.kernels.triton_expand import expand, expand_backward, readout, readout_backward
+from mhc_compile.kernels.triton_implicit import sinkhorn_implicit_backward
+from mhc_compile.kernels.triton_merge import merge as _merge
+from mhc_compile.kernels.triton_merge_backward import merge_backward as _merge_backward
+from mhc_compile.kernels.triton_sinkhorn import sinkhorn as _sinkhorn
+from mhc_compile.kernels.triton_sinkhorn import sinkhorn_backward as _sinkhorn_backward
+from mhc_compile.kernels.triton_site_backward import site_backward
+
+__all__ = ["aggregate", "expand", "expand_backward", "readout", "readout_backward"]
+
+aggregate_backward = plain.aggregate_backward
+
+
+def coefficients(
+    streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, convention: Convention
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``plain.coefficients``."""
+    return _filled(_coefficients(streams, phi, alpha, bias, convention))
+
+
+def coefficients_backward(
+    grad_pre: Tensor,
+    grad_post: Tensor,
+    grad_logits: Tensor,
+    streams: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    convention: Convention,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As ``plain.coefficients_backward``."""
+    site = _coefficients(streams, phi, alpha, bias, convention)
+    grads = site_backward(
+        streams,
+        (phi, alpha, bias),
+        site,
+        convention,
+        grad_pre=grad_pre,
+        grad_post=grad_post if convention.post else None,
+        grad_res=grad_logits if convention.res != "none" else None,
+    )
+    return grads.streams, grads.phi, grads.alpha, grads.bias
+
+
+def sinkhorn(logits: Tensor, convention: Convention) -> Tensor:
+    """As ``plain.sinkhorn``."""
+    return _sinkhorn(logits, convention.iterations, convention.divisor_eps, convention.rows_first)
+
+
+def sinkhorn_backward(grad: Tensor, logits: Tensor, convention: Convention) -> Tensor:
+    """As ``plain.sinkhorn_backward``."""
+    if convention.implicit:
+        return sinkhorn_implicit_backward(grad, logits, convention.iterations, convention.rows_first)
+    return _sinkhorn_backward(grad, logits, convention.iterations, convention.divisor_eps, convention.rows_first)
+
+
+def merge(
+    streams: Tensor, f: Tensor, post: Tensor, res: Tensor | None, transposed: bool = False, rounded: bool = False
+) -> Tensor:
+    """As ``plain.merge``."""
+    return _merge(streams, f, post, res, _mix(res, transposed), rounded)
+
+
+def merge_backward(
+    grad: Tensor,
+    streams: Tensor,
+    f: Tensor,
+    post: Tensor,
+    res: Tensor | None,
+    transposed: bool = False,
+    rounded: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As ``plain.merge_backward``: df, dpost and dres by the kernel."""
+    dx = grad.clone()
+    if res is not None:
+        nothing = torch.zeros_like(f), torch.zeros_like(post)
+        dx = _merge(grad, *nothing, res, "given" if transposed else "transposed", rounded)
+    return dx, *branch_backward(grad, streams, f, post, _mix(res, transposed), rounded)
+
+
+def branch_backward(
+    grad: Tensor, streams: Tensor, f: Tensor, post: Tensor, mix: str, rounded: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``plain.branch_backward``."""
+    df, dpost, dres = _merge_backward(grad, streams, f, post, mix, rounded)
+    return df, dpost, post.new_empty((*post.shape[:-1], 0, 0)) if dres is None else dres
+
+
+def read(
+    streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, convention: Convention
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As ``site_plain.read``."""
+    u, site = _read(streams, phi, alpha, bias, convention)
+    lead = streams.shape[:-2]
+    return u, *_filled(site), site.z.view(-1, *lead), site.r.view(lead)
+
+
+def read_backward(
+    grad_u: Tensor | None,
+    grad_pre: Tensor | None,
+    grad_post: Tensor | None,
+    grad_res: Tensor | None,
+    grad_merged: Tensor | None,
+    streams: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    pre: Tensor,
+    post: Tensor,
+    res: Tensor,
+    z: Tensor,
+    r: Tensor,
+    convention: Convention,
+    wants_streams: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As ``site_plain.read_backward``."""
+    has_res = convention.res != "none"
+    site = Coefficients(
+        pre, post if convention.post else None, res if has_res else None, z.reshape(len(z), -1), r.flatten()
+    )
+    upstream: dict[str, Any] = {"grad": grad_merged, "du": grad_u, "grad_pre": grad_pre}
+    upstream |= {"grad_post": grad_post if convention.post else None, "grad_res": grad_res if has_res else None}
+    grads = site_backward(streams, (phi, alpha, bias), site, convention, **upstream)
+    return grads.streams if wants_streams else streams.new_empty(0), grads.phi, grads.alpha, grads.bias
+
+
+def _mix(res: Tensor | None, transposed: bool) -> str:
+    if res is None:
+        return "identity"
+    return "transposed" if transposed else "given"
+
+
+def _filled(site: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
+    """pre, post and res, empty where the convention has none."""
+    lead = site.pre.shape[:-1]
+    post = site.pre.new_empty((*lead, 0)) if site.post is None else site.post
+    return site.pre, post, site.pre.new_empty((*lead, 0, 0)) if site.res is None else site.res
