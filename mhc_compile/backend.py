@@ -17,6 +17,7 @@ from mhc_compile.errors import RewriteError
 from mhc_compile.kernels.devices import fingerprint
 from mhc_compile.passes.capture import normalize
 from mhc_compile.passes.emit import Emitter
+from mhc_compile.passes.fuse import fuse
 from mhc_compile.passes.history import Pass, PassRecord, run_passes, start_record
 from mhc_compile.passes.lower import lower
 from mhc_compile.passes.op_kinds import aten
@@ -26,7 +27,8 @@ from mhc_compile.passes.trunks import Site
 from mhc_compile.record import Record
 
 ANCHOR = torch.ops.mhc.anchor.default
-LOWER = Pass("lower", False, lower)  # of what is compiled; graphs that are looked at or exported stay on level 1
+# Of what is compiled; graphs that are looked at or exported stay on level 1.
+LEVEL_2 = (Pass("lower", False, lower), Pass("fuse", False, fuse))
 
 
 @dataclass
@@ -75,7 +77,7 @@ class ConvertingBackend:
             return nodes[f"{site.name}.phi"], nodes[f"{site.name}.alpha"], nodes[f"{site.name}.bias"]
 
         records = [*analysis.records, *rewrite(analysis, self.record.config, parameters_of)]
-        return [*records, *run_passes(graph, [LOWER])] if self.level == 2 else records
+        return [*records, *run_passes(graph, LEVEL_2)] if self.level == 2 else records
 
 
 def normalized(gm: fx.GraphModule, history: list[PassRecord]) -> fx.GraphModule:

@@ -18,6 +18,7 @@ from mhc_compile.example_inputs import as_call, derive
 from mhc_compile.passes.bind import bind_parameters
 from mhc_compile.passes.capture import just_in_time
 from mhc_compile.passes.dataflow import is_learned
+from mhc_compile.passes.fuse import fuse
 from mhc_compile.passes.lower import lower
 from mhc_compile.passes.op_kinds import NORMS, aten, packet
 from mhc_compile.passes.provenance import module_path, source_line
@@ -147,7 +148,7 @@ def _unfused(analysis: Analysis, config: MHCConfig) -> list[str]:
         return []
     look_up, _ = bind_parameters(analysis.graph, analysis.sites, config.n)
     rewrite(analysis, config, look_up)
-    return list(lower(analysis.graph).notes)
+    return [*lower(analysis.graph).notes, *fuse(analysis.graph).notes]
 
 
 def explanation(name: str, analysis: Analysis) -> Explanation:

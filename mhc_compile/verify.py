@@ -22,6 +22,7 @@ from mhc_compile.passes.bind import bind_parameters
 from mhc_compile.passes.capture import Captured, just_in_time
 from mhc_compile.passes.emit import Emitter, copy_graph
 from mhc_compile.passes.expand import expand
+from mhc_compile.passes.fuse import fuse
 from mhc_compile.passes.lower import lower
 from mhc_compile.passes.op_kinds import aten
 from mhc_compile.passes.rewrite import Analysis, analyze
@@ -164,6 +165,7 @@ def _with_its_weights(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     result = rewritten(model, kwargs if kwargs and not args else args)
     compiled = copy_graph(result.graph)
     lower(compiled)
+    fuse(compiled)
     worst: dict[str, float] = {}
     for graph in (result.graph, compiled):
         with torch.no_grad():
@@ -326,6 +328,23 @@ def _merge_carried(
     return reference.merge(streams, f, post, res, *manner)
 
 
+def _merge_read(
+    streams: Tensor,
+    f: Tensor,
+    carrier: Tensor,
+    post: Tensor,
+    res: Tensor | None,
+    transposed: bool,
+    rounded: bool,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    merged = reference.merge(streams, f, post, res, transposed, rounded)
+    return merged, *_read(merged, *rest)
+
+
+_KEEPS_MORE = (mhc.read.default, mhc.merge_read.default)
+
+
 class _OracleRun(fx.Interpreter):
     """Runs a rewritten graph and compares each mHC op with the fp64 oracle on the values it meets."""
 
@@ -338,6 +357,7 @@ class _OracleRun(fx.Interpreter):
         mhc.readout.default: reference.readout,
         mhc.read.default: _read,
         mhc.merge_carried.default: _merge_carried,
+        mhc.merge_read.default: _merge_read,
     }
 
     def __init__(self, graph: fx.GraphModule, worst: dict[str, float]) -> None:
@@ -351,7 +371,7 @@ class _OracleRun(fx.Interpreter):
             exact = oracle(*(one.double() if isinstance(one, Tensor) else one for one in args))
             name = target._opname
             found = pytree.tree_leaves(result)  # `read` gives more: a carrier, and what its backward keeps
-            for a, b in zip(pytree.tree_leaves(exact), found, strict=target is not mhc.read.default):
+            for a, b in zip(pytree.tree_leaves(exact), found, strict=target not in _KEEPS_MORE):
                 self.worst[name] = max(self.worst.get(name, 0.0), _difference(a, b))
         return result
 

@@ -28,6 +28,7 @@ from mhc_compile.kernels.triton_implicit import sinkhorn_implicit_backward
 from mhc_compile.kernels.triton_launch import Launch, record
 from mhc_compile.kernels.triton_merge import merge
 from mhc_compile.kernels.triton_merge_backward import merge_backward
+from mhc_compile.kernels.triton_merge_read import merge_read
 from mhc_compile.kernels.triton_sinkhorn import sinkhorn, sinkhorn_backward
 from mhc_compile.kernels.triton_site_backward import site_backward
 from mhc_compile.kernels.triton_traffic import table, traffic
@@ -66,6 +67,17 @@ def backward(n: int, dtype: torch.dtype, convention: Convention, t: int = TOKENS
             rounds = convention.rounded
             _, dpost, dres = merge_backward(streams, streams, u, site.post, convention.mix, rounds)
             site_backward(streams, parameters, site, convention, grad=streams, du=u, grad_post=dpost, grad_res=dres)
+    return launches
+
+
+def across(n: int, dtype: torch.dtype, convention: Convention, t: int = TOKENS, c: int = FEATURES) -> list[Launch]:
+    """The merge of a site and the read of the next."""
+    k = convention.columns(n)
+    parameters = meta(n * c, k), meta(convention.groups), meta(k)
+    streams, f = meta(t, n, c, dtype=dtype), meta(t, c, dtype=dtype)
+    res = None if convention.mix == "identity" else meta(t, n, n)
+    with record(run=False) as launches:
+        merge_read((streams, f, meta(t, n), res), parameters, convention.mix, convention.rounded, convention)
     return launches
 
 
@@ -113,8 +125,8 @@ def check_instructions(found: dict[str, Compiled], target: Target, streams: dict
             assert result.count(wide) >= streams[name], name
     products = {"gfx942": r"v_mfma", "80": r"mma\.sync", "90": r"wgmma\.mma_async", "100": r"tcgen05\.mma|mma\.sync"}
     copied = r"_load_dwordx4" if target.is_amd else r"cp\.async\.c[ag]\.shared\.global.*, 0x10"
-    for name in found.keys() & {"project", "streams_backward"}:
-        assert found[name].count(products[target.name] if name == "project" else r"mma\.sync|v_mfma") > 0, name
+    for name in found.keys() & {"project", "merge_project", "streams_backward"}:
+        assert found[name].count(products[target.name] if "project" in name else r"mma\.sync|v_mfma") > 0, name
         assert found[name].count(copied) >= 3, name
 
 
@@ -137,6 +149,29 @@ def test_a_site_of_four_streams(
     on(target)
     found = compiled(direction(4, torch.bfloat16, PAPER), target)
     check_instructions(found, target, READS)
+
+
+@pytest.mark.parametrize("target", [A100, H200, B200, MI300], ids=lambda t: t.name)
+def test_across_sites(target: Target, on: Callable[[Target], None]) -> None:
+    on(target)
+    check_instructions(compiled(some(across(4, torch.bfloat16, PAPER), "merge_project"), target), target, READS)
+
+
+def test_across_sites_in_other_forms(on: Callable[[Target], None]) -> None:
+    on(H200)
+    for n, dtype, convention, t in [
+        (4, torch.float16, DEEPSEEK_V4, TOKENS),
+        (4, torch.float32, PAPER, TOKENS),
+        (4, torch.bfloat16, HUNYUAN_V4, TOKENS),
+        (2, torch.bfloat16, PAPER, TOKENS),
+        (4, torch.bfloat16, DEEPSEEK_V4, 1),
+    ]:
+        compiled(some(across(n, dtype, convention, t), "merge_project"), H200)
+
+
+def test_two_launches_a_site_when_decoding() -> None:
+    for t in (1, 16):
+        assert [launch.name for launch in across(4, torch.bfloat16, DEEPSEEK_V4, t)] == ["merge_project", "finish"]
 
 
 def some(launches: list[Launch], *names: str) -> list[Launch]:
@@ -240,6 +275,14 @@ def test_traffic_of_a_site(tokens: int, features: int, share: float) -> None:
         rows = traffic(direction(4, torch.bfloat16, PAPER, tokens, features), tokens, features)
         assert rows[-1].units == units == sum(row.units for row in rows[:-1]), table(rows)
         assert rows[-1].other_bytes < share * units * tokens * features * 2, table(rows)
+
+
+@pytest.mark.parametrize("features", [2560, 4096, 7168])
+def test_traffic_across_sites(features: int) -> None:
+    """14 units forward."""
+    rows = traffic(across(4, torch.bfloat16, PAPER, TOKENS, features), TOKENS, features)
+    assert rows[-1].units == 14, table(rows)
+    assert rows[-1].other_bytes < 0.06 * 14 * TOKENS * features * 2, table(rows)
 
 
 def test_traffic_of_each_launch() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from mhc_compile.kernels.convention import Coefficients, Convention
 from mhc_compile.kernels.triton_aggregate import aggregate_tile
 from mhc_compile.kernels.triton_launch import Constants, cdiv, check, check_streams, jit, lanes, launch
-from mhc_compile.kernels.triton_project import pack, project
+from mhc_compile.kernels.triton_project import project
 from mhc_compile.kernels.triton_sinkhorn import matrix_tile, sinkhorn_of, store_matrix
 from mhc_compile.kernels.triton_tiles import load_streams, nothing, store_rows, store_vector, weighted_sum
 
@@ -417,11 +417,26 @@ def _launch(
 ) -> tuple[Coefficients, Tensor | None]:
     tokens, n, features = check_streams(streams)
     alpha, bias = check_parameters(streams, phi, alpha, bias, convention)
-    lead, columns = streams.shape[:-2], convention.columns(n)
     streams = streams.contiguous()
-    z_shares, square_shares = project(
-        streams.view(tokens, n * features), pack(phi, streams) if packed is None else packed
-    )
+    shares = project(streams.view(tokens, n * features), phi, packed)
+    return finish(streams, shares, alpha, bias, convention, aggregate)
+
+
+def finish(
+    streams: Tensor,
+    shares: tuple[Tensor, Tensor],
+    alpha: Tensor,
+    bias: Tensor,
+    convention: Convention,
+    aggregate: bool = True,
+) -> tuple[Coefficients, Tensor | None]:
+    """The second launch: from the shares of z and of the sum of squares to the coefficients, and u if asked for.
+
+    streams are contiguous, alpha and bias from :func:`check_parameters`.
+    """
+    tokens, n, features = check_streams(streams)
+    lead, columns = streams.shape[:-2], convention.columns(n)
+    z_shares, square_shares = shares
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=streams.device)
@@ -434,10 +449,15 @@ def _launch(
         r=new(tokens),
     )
     u = new(*lead, features, dtype=streams.dtype) if aggregate else None
-    shares = {"z_shares": z_shares, "square_shares": square_shares}
     writes = {"pre": kept.pre, "post": kept.post, "res": kept.res, "r": kept.r, "u": u}
     _launch_finish(
-        reads={**shares, "alpha": alpha, "bias": bias, "streams": streams if aggregate else None},
+        reads={
+            "z_shares": z_shares,
+            "square_shares": square_shares,
+            "alpha": alpha,
+            "bias": bias,
+            "streams": streams if aggregate else None,
+        },
         writes={**writes, "z": None if len(z_shares) == 1 else kept.z},
         shape=(tokens, n, features),
         size=streams.element_size(),

@@ -35,7 +35,7 @@ def mixing_weight(
 
 
 @jit
-def _mixed(
+def mixed_stream(
     tiles: tl.tensor,
     streams: tl.tensor,
     res: tl.tensor,
@@ -82,12 +82,12 @@ def _merge(
     if N <= 4 or MIX == "identity":
         for i in tl.static_range(N):
             gain = rounded(tl.load(post + rows * N + i, mask=valid, other=0.0), streams, ROUND)
-            mixed = _mixed(tiles, streams, res, rows, valid, i, N, MIX, ROUND) + gain[:, None] * branch
+            mixed = mixed_stream(tiles, streams, res, rows, valid, i, N, MIX, ROUND) + gain[:, None] * branch
             store_rows(merged + i * C, mixed, rows, columns, mask, N * C)
     else:  # n n unrolled products would take half a minute to compile at n = 16
         for i in range(N):
             gain = rounded(tl.load(post + rows * N + i, mask=valid, other=0.0), streams, ROUND)
-            mixed = _mixed(tiles, streams, res, rows, valid, i, N, MIX, ROUND) + gain[:, None] * branch
+            mixed = mixed_stream(tiles, streams, res, rows, valid, i, N, MIX, ROUND) + gain[:, None] * branch
             store_rows(merged + i * C, mixed, rows, columns, mask, N * C)
 
 

@@ -20,6 +20,7 @@ from mhc_compile.kernels.triton_expand import expand, expand_backward, readout, 
 from mhc_compile.kernels.triton_implicit import sinkhorn_implicit_backward
 from mhc_compile.kernels.triton_merge import merge as _merge
 from mhc_compile.kernels.triton_merge_backward import merge_backward as _merge_backward
+from mhc_compile.kernels.triton_merge_read import merge_read as _merge_read
 from mhc_compile.kernels.triton_sinkhorn import sinkhorn as _sinkhorn
 from mhc_compile.kernels.triton_sinkhorn import sinkhorn_backward as _sinkhorn_backward
 from mhc_compile.kernels.triton_site_backward import site_backward
@@ -140,6 +141,22 @@ def read_backward(
     upstream |= {"grad_post": grad_post if convention.post else None, "grad_res": grad_res if has_res else None}
     grads = site_backward(streams, (phi, alpha, bias), site, convention, **upstream)
     return grads.streams if wants_streams else streams.new_empty(0), grads.phi, grads.alpha, grads.bias
+
+
+def merge_read(
+    streams: Tensor,
+    f: Tensor,
+    post: Tensor,
+    res: Tensor | None,
+    transposed: bool,
+    rounded: bool,
+    parameters: tuple[Tensor, Tensor, Tensor],
+    convention: Convention,
+) -> tuple[Tensor, ...]:
+    """As ``site_plain.merge_read``."""
+    mix, lead = _mix(res, transposed), streams.shape[:-2]
+    merged, u, site = _merge_read((streams, f, post, res), parameters, mix, rounded, convention)
+    return merged, u, *_filled(site), site.z.view(-1, *lead), site.r.view(lead)
 
 
 def _mix(res: Tensor | None, transposed: bool) -> str:

@@ -63,15 +63,75 @@ def pack(phi: Tensor, streams: Tensor) -> Tensor:
 
 
 @jit
+def add_product(
+    z: tl.tensor,
+    x: tl.tensor,
+    phi: tl.tensor,
+    columns: tl.tensor,
+    w: tl.tensor,
+    inside: tl.tensor,
+    WIDTH: tl.constexpr,
+    K: tl.constexpr,
+    PACKED: tl.constexpr,
+    TURNED: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tl.tensor:
+    """``z + x @ phi`` for a tile x [T, w] of the streams as it is in memory; ``inside`` says which w there are."""
+    mask = (columns < K)[:, None] & inside[None, :]
+    turned = columns[:, None] * WIDTH + w[None, :]
+    if PACKED or TURNED:
+        high = tl.load(phi + turned, mask=mask, other=0.0)
+    else:
+        high = tl.load(phi + w[None, :] * K + columns[:, None], mask=mask, other=0.0)
+    if x.dtype == tl.float32:
+        return tl.dot(x, tl.trans(high), z, input_precision=PRECISION)
+    else:
+        if PACKED:
+            low = tl.load(phi + K * WIDTH + turned, mask=mask, other=0.0)
+        else:
+            high, low = split(high)
+        if x.dtype == tl.bfloat16:
+            z = tl.dot(x, tl.trans(high), z)
+            return tl.dot(x, tl.trans(low), z)
+        else:
+            x_high, x_low = split(x.to(tl.float32))
+            z = tl.dot(x_high, tl.trans(high), z)
+            z = tl.dot(x_high, tl.trans(low), z)
+            return tl.dot(x_low, tl.trans(high), z)
+
+
+@jit
+def store_shares(
+    z: tl.tensor,
+    squares: tl.tensor,
+    z_shares: tl.tensor,
+    square_shares: tl.tensor,
+    share: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    valid: tl.tensor,
+    tokens: tl.tensor,
+    K: tl.constexpr,
+) -> None:
+    share = share.to(tl.int64)
+    places = z_shares + (share * K + columns[None, :]) * tokens + rows[:, None]
+    tl.store(places, z, mask=valid[:, None] & (columns < K)[None, :])
+    first = tl.program_id(2) == 0
+    tl.store(square_shares + share * tokens + rows, tl.sum(squares, 1), mask=valid & first)
+
+
+@jit
 def _project(
     streams: tl.tensor,
-    packed: tl.tensor,
+    phi: tl.tensor,
     z_shares: tl.tensor,
     square_shares: tl.tensor,
     tokens: tl.tensor,
     chunk: tl.tensor,
     WIDTH: tl.constexpr,
     K: tl.constexpr,
+    PACKED: tl.constexpr,
+    TURNED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -85,38 +145,36 @@ def _project(
     squares = tl.zeros((BLOCK_T, BLOCK_W), tl.float32)  # summed over the tile at the end, once
     for start in range(share * chunk, tl.minimum((share + 1) * chunk, WIDTH), BLOCK_W):
         w = start + tl.arange(0, BLOCK_W)
-        x = tl.load(streams + rows[:, None] * WIDTH + w[None, :], mask=valid[:, None] & (w < WIDTH)[None, :], other=0.0)
-        weights = packed + columns[:, None] * WIDTH + w[None, :]
-        mask = (columns < K)[:, None] & (w < WIDTH)[None, :]
-        high = tl.load(weights, mask=mask, other=0.0)
+        inside = w < WIDTH
+        x = tl.load(streams + rows[:, None] * WIDTH + w[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
         wide = x.to(tl.float32)
         squares += wide * wide
-        if x.dtype == tl.float32:
-            z = tl.dot(x, tl.trans(high), z, input_precision=PRECISION)
-        else:
-            low = tl.load(weights + K * WIDTH, mask=mask, other=0.0)
-            if x.dtype == tl.bfloat16:
-                z = tl.dot(x, tl.trans(high), z)
-                z = tl.dot(x, tl.trans(low), z)
-            else:
-                x_high, x_low = split(wide)
-                z = tl.dot(x_high, tl.trans(high), z)
-                z = tl.dot(x_high, tl.trans(low), z)
-                z = tl.dot(x_low, tl.trans(high), z)
-    share = share.to(tl.int64)
-    places = z_shares + (share * K + columns[None, :]) * tokens + rows[:, None]
-    tl.store(places, z, mask=valid[:, None] & (columns < K)[None, :])
-    first = tl.program_id(2) == 0
-    tl.store(square_shares + share * tokens + rows, tl.sum(squares, 1), mask=valid & first)
+        z = add_product(z, x, phi, columns, w, inside, WIDTH, K, PACKED, TURNED, PRECISION)
+    store_shares(z, squares, z_shares, square_shares, share, rows, columns, valid, tokens, K)
 
 
-def project(streams: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
+def operand(phi: Tensor, streams: Tensor, packed: Tensor | None) -> tuple[Tensor, bool, bool]:
+    """phi as the product reads it, whether it is packed, and whether it is turned.
+
+    It is packed, unless the tokens are so few that the launch for it would take longer than it saves.
+    """
+    tokens = streams.numel() // len(phi)
+    if packed is not None or tokens > FEW:
+        return pack(phi, streams) if packed is None else packed, True, False
+    turned = phi.t().is_contiguous()
+    return phi if turned else phi.contiguous(), False, turned
+
+
+FEW = 16  # tokens, as in decoding
+
+
+def project(streams: Tensor, phi: Tensor, packed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Shares of z [splits, columns, T] and of the sum of squares [splits, T], both float32.
 
-    streams [T, n C], contiguous; packed from :func:`pack`.
+    streams [T, n C], contiguous; phi [n C, columns] or its transpose; packed from :func:`pack`, if it is at hand.
     """
     tokens, width = streams.shape
-    columns = packed.shape[1]
+    columns = phi.shape[1]
     block_t, block_w, block_k, warps, stages = project_tile(tokens, columns, streams.dtype)
     tiles = cdiv(tokens, block_t) * cdiv(columns, block_k)
     # One wave of two programs a multiprocessor, but none with less than 8 steps: shares have traffic of their own.
@@ -125,16 +183,19 @@ def project(streams: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
     splits = cdiv(width, chunk)
     z = torch.empty((splits, columns, tokens), dtype=torch.float32, device=streams.device)
     squares = torch.empty((splits, tokens), dtype=torch.float32, device=streams.device)
+    weights, is_packed, turned = operand(phi, streams, packed)
     launch(
         _project,
         (cdiv(tokens, block_t), splits, cdiv(columns, block_k)),
-        reads={"streams": streams, "packed": packed},
+        reads={"streams": streams, "phi": weights},
         writes={"z_shares": z, "square_shares": squares},
         constants={
             "tokens": tokens,
             "chunk": chunk,
             "WIDTH": width,
             "K": columns,
+            "PACKED": is_packed,
+            "TURNED": turned,
             "PRECISION": float32_precision(),
             "BLOCK_T": block_t,
             "BLOCK_W": block_w,
@@ -157,5 +218,5 @@ def project_tile(tokens: int, columns: int, dtype: torch.dtype) -> tuple[int, in
     Many tokens a program, as every program reads all of phi; few when there are few.
     """
     block_k = min(64, max(16, power_of_two(columns)))
-    block_t, warps = (16, 4) if tokens <= 16 else (128, 8) if tokens >= 4096 and dtype == torch.bfloat16 else (64, 4)
+    block_t, warps = (16, 4) if tokens <= FEW else (128, 8) if tokens >= 4096 and dtype == torch.bfloat16 else (64, 4)
     return block_t, 32 if dtype == torch.float32 else 64, block_k, warps, 2 if on_amd() else 4

@@ -1,0 +1,94 @@
+"""Fuse across sites: the merge of a site and the read of what it merged become one op (`kernels.cross_site_ops`).
+
+    X' = merge_carried(X, f, carrier, post, res)                 X', u', ..., carrier' = merge_read(X, f, carrier, post,
+    u', pre', post', res', carrier' = read(X', phi', ...)                                           res, phi', ...)
+
+This is what no library of modules can do: the two belong to different layers. It applies where the next site, or a
+head, reads exactly what a site merged; whoever else reads X' (a tap) reads it from the new op. An op on the trunk
+between the sites, a border of recomputed blocks, or a change of grad mode between them leaves both as they are.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+import mhc_compile.kernels.cross_site_ops  # noqa: F401 - registers the op
+from mhc_compile.passes.dataflow import Dataflow
+from mhc_compile.passes.emit import Emitter
+from mhc_compile.passes.history import Outcome
+
+mhc = torch.ops.mhc
+
+
+def fuse(gm: fx.GraphModule) -> Outcome:
+    """Fuse every pair of sites of `gm` that fits, in place; a note for the sites that read something else."""
+    reads = list(gm.graph.find_nodes(op="call_function", target=mhc.read.default))
+    merges = list(gm.graph.find_nodes(op="call_function", target=mhc.merge_carried.default))
+    if not reads or not merges:
+        return Outcome(False)
+    flow, emitter = Dataflow(gm.graph), Emitter(gm.graph)
+    pairs = [pair for read in reads if (pair := match(read, flow)) is not None]
+    for pair in pairs:
+        _rewrite(emitter, pair)
+    gm.recompile()
+    alone = len(reads) - len(pairs)
+    note = f"{len(pairs)} of {len(reads)} reads fused with the merge before them; {alone} read something else"
+    return Outcome(bool(pairs), (note,))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A merge and the read of its result; `place` is the one of the two where both can be computed."""
+
+    merge: fx.Node
+    read: fx.Node
+    place: fx.Node
+
+
+def match(read: fx.Node, flow: Dataflow) -> Pair | None:
+    """The merge whose result is what `read` reads, if the two may become one op."""
+    merge: Any = read.args[0]
+    if not isinstance(merge, fx.Node) or merge.target is not mhc.merge_carried.default:
+        return None
+    if any(user.target is mhc.read.default and user is not read for user in merge.users):
+        return None  # two sites read it: each would need the merge
+    f: Any = merge.args[1]
+    if flow.is_mutated(merge) or flow.is_mutated(f) or _border(merge, read):
+        return None
+    if flow.has(flow.without_grad, merge) != flow.has(flow.without_grad, read):
+        return None
+    if all(flow.index[node] < flow.index[merge] for node in read.all_input_nodes if node is not merge):
+        return Pair(merge, read, merge)
+    if all(flow.index[user] >= flow.index[read] for user in merge.users):
+        return Pair(merge, read, read)  # the parameters of the read are made between the two
+    return None
+
+
+def _border(merge: fx.Node, read: fx.Node) -> bool:
+    """One of the two is computed again in backward and the other is not."""
+    return bool(merge.meta.get("recompute") != read.meta.get("recompute"))
+
+
+def _rewrite(emitter: Emitter, pair: Pair) -> None:
+    graph, merge, read = emitter.graph, pair.merge, pair.read
+    streams, f, carrier, post, res, *flags = merge.args
+    flags += [False] * (2 - len(flags))
+    with graph.inserting_before(pair.place):
+        both = emitter.call(mhc.merge_read.default, streams, f, carrier, post, res, *flags, *read.args[1:], like=read)
+        outputs: list[Any] = [emitter.call(operator.getitem, both, place, like=read) for place in range(6)]
+    if "mhc_site" in read.meta:
+        both.meta["mhc_site"] = read.meta["mhc_site"]
+    for user in list(read.users):
+        user.replace_all_uses_with(outputs[1 + int(str(user.args[1]))])
+        graph.erase_node(user)
+    graph.erase_node(read)
+    merge.replace_all_uses_with(outputs[0])
+    graph.erase_node(merge)
+    for output in outputs:
+        if not output.users:
+            graph.erase_node(output)
