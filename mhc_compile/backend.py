@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -27,8 +28,12 @@ from mhc_compile.passes.trunks import Site
 from mhc_compile.record import Record
 
 ANCHOR = torch.ops.mhc.anchor.default
-# Of what is compiled; graphs that are looked at or exported stay on level 1.
-LEVEL_2 = (Pass("lower", False, lower), Pass("fuse", False, fuse))
+
+
+def level_2(backend: str) -> list[Pass]:
+    """The passes to fused ops, of what is compiled; graphs that are looked at or exported stay on level 1."""
+    compiled = backend == "inductor"  # who has asked for its compilations has its first calls take seconds anyway
+    return [Pass("lower", False, partial(lower, compiled=compiled)), Pass("fuse", False, fuse)]
 
 
 @dataclass
@@ -77,7 +82,7 @@ class ConvertingBackend:
             return nodes[f"{site.name}.phi"], nodes[f"{site.name}.alpha"], nodes[f"{site.name}.bias"]
 
         records = [*analysis.records, *rewrite(analysis, self.record.config, parameters_of)]
-        return [*records, *run_passes(graph, LEVEL_2)] if self.level == 2 else records
+        return [*records, *run_passes(graph, level_2(self.record.config.backend))] if self.level == 2 else records
 
 
 def normalized(gm: fx.GraphModule, history: list[PassRecord]) -> fx.GraphModule:

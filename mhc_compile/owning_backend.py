@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from mhc_compile import _torch
-from mhc_compile.backend import ANCHOR, LEVEL_2, normalized, recorded_analysis
+from mhc_compile.backend import ANCHOR, level_2, normalized, recorded_analysis
 from mhc_compile.config import MHCConfig
 from mhc_compile.conversion import TREE, SiteTree, plant
 from mhc_compile.convert import as_config, recorded, refuse_unfit
@@ -147,7 +147,11 @@ class Backend:
             return plain
         analysis = recorded_analysis(graph, record)
         look_up, names = bind_parameters(graph, analysis.sites, record.config.n)
-        history += [*analysis.records, *rewrite(analysis, record.config, look_up), *run_passes(graph, LEVEL_2)]
+        history += [
+            *analysis.records,
+            *rewrite(analysis, record.config, look_up),
+            *run_passes(graph, level_2(record.config.backend)),
+        ]
         added = [tree.get_parameter(name) for name in names]
         fake = _torch.as_fake(example_inputs, added)
         compiled = _torch.compile_graph(record.config.backend, graph, [*example_inputs, *fake], fingerprint())

@@ -20,17 +20,18 @@ from torch import Tensor
 from torch.utils import flop_counter
 
 from mhc_compile.kernels import arguments, plain
-from mhc_compile.kernels.convention import of_site
 from mhc_compile.kernels.ops import _fake, _like, _no_autocast, _op
 from mhc_compile.kernels.site_ops import (
     _VARIANT,
     _carrier,
     _check_merge_carried,
-    _kernels,
     _merge_carried_backward,
     _merge_carried_flops,
     _read_backward,
     _read_flops,
+    convention_of,
+    is_compiled,
+    kernels,
 )
 
 
@@ -79,11 +80,16 @@ def _merge_read(
     *variant: Any,
 ) -> Any:
     _check_merge_carried(streams, f, carrier, post, res)
-    convention = of_site(*variant)
+    convention = convention_of(variant)
     arguments.check_coefficients(streams, phi, alpha, bias, convention)
-    merging = (streams, f, post, res, res_transposed, res_rounded)
+    merging, parameters = (streams, f, post, res, res_transposed, res_rounded), (phi, alpha, bias)
+    chosen = kernels(streams, is_compiled(variant))
     with _no_autocast(streams):
-        merged, *coefficients, z, r = _kernels(streams).merge_read(*merging, (phi, alpha, bias), convention)
+        if hasattr(chosen, "merge_read"):
+            merged, *coefficients, z, r = chosen.merge_read(*merging, parameters, convention)
+        else:  # on a CPU nothing is saved by crossing
+            merged = chosen.merge(*merging)
+            *coefficients, z, r = chosen.read(merged, *parameters, convention)
     return merged, *coefficients, _carrier(streams), z, r
 
 
@@ -102,7 +108,7 @@ def _(
     *variant: Any,
 ) -> Any:
     _check_merge_carried(streams, f, carrier, post, res)
-    convention = of_site(*variant)
+    convention = convention_of(variant)
     arguments.check_coefficients(streams, phi, alpha, bias, convention)
     *lead, n, features = streams.shape
     return (
@@ -132,7 +138,9 @@ def _merge_read_vjp(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...
     grad, *parameters = _read_backward(*upstream, *kept, wants, *ctx.variant)
     if wants:
         grad = grad if grad_merged is None else grad + grad_merged
-        df, dpost, dres = _merge_carried_backward(grad, streams, f, post, ctx.mix, ctx.rounded)
+        df, dpost, dres = _merge_carried_backward(
+            grad, streams, f, post, ctx.mix, ctx.rounded, is_compiled(ctx.variant)
+        )
         to_merge = None, df, grad, dpost, None if ctx.mix == "identity" else dres
     return *to_merge, None, None, *parameters, *(None for _ in ctx.variant)
 

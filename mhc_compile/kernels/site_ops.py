@@ -40,8 +40,10 @@ from mhc_compile.kernels.ops import _fake, _like, _no_autocast, _op, _refuse_dou
 
 _VARIANT = (
     "float eps, int iterations, float pre_eps=0.0, float post_scale=2.0, float post_eps=0.0, int groups=3,"
-    " float divisor_eps=0.0, bool rows_first=False, bool transposed=False, bool rounded=False"
+    " float divisor_eps=0.0, bool rows_first=False, bool transposed=False, bool rounded=False,"
+    " bool compiled=False"
 )
+_COMPILED = 10  # its place among these
 
 
 def read(
@@ -54,7 +56,8 @@ def read(
     ``merge_carried`` alone.  The op itself has two outputs more, z [n n + 2 n, ...] and r [...], for its backward.
 
     ``variant``: pre_eps, post_scale, post_eps and groups as for ``ops.coefficients``; divisor_eps and rows_first as for
-    ``ops.sinkhorn``; transposed and rounded as its merges have them.
+    ``ops.sinkhorn``; transposed and rounded as its merges have them; compiled: let inductor compile the bodies that
+    run on a CPU, once a process (seconds).
     """
     result: tuple[Tensor, ...] = _read(streams, phi, alpha, bias, eps, iterations, **variant)
     u, pre, post, res, carrier, _, _ = result
@@ -69,27 +72,40 @@ def merge_carried(
     res: Tensor | None,
     transposed: bool = False,
     rounded: bool = False,
+    compiled: bool = False,
 ) -> Tensor:
     """``X'_i = sum_j res_ij X_j + post_i f``, as ``ops.merge``; its gradient reaches X through the carrier.
 
     streams, carrier, post and res must be those of one ``read``; res is None where that has none.
     """
-    result: Tensor = _merge_carried(streams, f, carrier, post, res, transposed, rounded)
+    result: Tensor = _merge_carried(streams, f, carrier, post, res, transposed, rounded, compiled)
     return result
 
 
-def _kernels(streams: Tensor) -> ModuleType:
-    """What computes a site: a module with read and read_backward."""
+def kernels(streams: Tensor, compiled: bool) -> ModuleType:
+    """What computes a site: a module with read, read_backward, merge and branch_backward."""
     if has_kernel(streams, streams.shape[-2]):
         return ops.kernels(streams)
+    if compiled and streams.device.type == "cpu":
+        from mhc_compile.kernels import cpu
+
+        return cpu
     return site_plain
+
+
+def convention_of(variant: Sequence[Any]) -> Convention:
+    return of_site(*variant[:_COMPILED])
+
+
+def is_compiled(variant: Sequence[Any]) -> bool:
+    return len(variant) > _COMPILED and bool(variant[_COMPILED])
 
 
 # --- read -------------------------------------------------------------------------------------------------
 
 
 def _check_read(streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *variant: Any) -> Convention:
-    convention = of_site(*variant)
+    convention = convention_of(variant)
     arguments.check_coefficients(streams, phi, alpha, bias, convention)
     return convention
 
@@ -106,7 +122,7 @@ def _carrier(streams: Tensor) -> Tensor:
 def _read(streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *variant: Any) -> Any:
     convention = _check_read(streams, phi, alpha, bias, *variant)
     with _no_autocast(streams):
-        *coefficients, z, r = _kernels(streams).read(streams, phi, alpha, bias, convention)
+        *coefficients, z, r = kernels(streams, is_compiled(variant)).read(streams, phi, alpha, bias, convention)
     return *coefficients, _carrier(streams), z, r
 
 
@@ -150,8 +166,9 @@ def _read_backward(
 ) -> Any:
     grads = (grad_u, grad_pre, grad_post, grad_res, grad_merged)
     kept = (streams, phi, alpha, bias, pre, post, res, z, r)
+    chosen = kernels(streams, is_compiled(variant))
     with _no_autocast(streams):
-        return _kernels(streams).read_backward(*grads, *kept, of_site(*variant), wants_streams)
+        return chosen.read_backward(*grads, *kept, convention_of(variant), wants_streams)
 
 
 @_fake(_read_backward)
@@ -205,15 +222,22 @@ def _check_merge_carried(streams: Tensor, f: Tensor, carrier: Tensor, post: Tens
 
 @_op(
     "merge_carried",
-    "(Tensor streams, Tensor f, Tensor carrier, Tensor post, Tensor? res, bool transposed=False, bool rounded=False)"
-    " -> Tensor",
+    "(Tensor streams, Tensor f, Tensor carrier, Tensor post, Tensor? res, bool transposed=False, bool rounded=False,"
+    " bool compiled=False) -> Tensor",
 )
 def _merge_carried(
-    streams: Tensor, f: Tensor, carrier: Tensor, post: Tensor, res: Tensor | None, *variant: bool
+    streams: Tensor,
+    f: Tensor,
+    carrier: Tensor,
+    post: Tensor,
+    res: Tensor | None,
+    transposed: bool = False,
+    rounded: bool = False,
+    compiled: bool = False,
 ) -> Tensor:
     _check_merge_carried(streams, f, carrier, post, res)
     with _no_autocast(streams):
-        merged: Tensor = ops.kernels(streams).merge(streams, f, post, res, *variant)
+        merged: Tensor = kernels(streams, compiled).merge(streams, f, post, res, transposed, rounded)
     return merged
 
 
@@ -225,28 +249,31 @@ def _(streams: Tensor, f: Tensor, carrier: Tensor, post: Tensor, res: Tensor | N
 
 @_op(
     "merge_carried_backward",
-    "(Tensor grad, Tensor streams, Tensor f, Tensor post, str mix, bool rounded) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor streams, Tensor f, Tensor post, str mix, bool rounded, bool compiled=False)"
+    " -> (Tensor, Tensor, Tensor)",
 )
-def _merge_carried_backward(grad: Tensor, streams: Tensor, f: Tensor, post: Tensor, mix: str, rounded: bool) -> Any:
+def _merge_carried_backward(
+    grad: Tensor, streams: Tensor, f: Tensor, post: Tensor, mix: str, rounded: bool, compiled: bool = False
+) -> Any:
     with _no_autocast(streams):
-        return ops.kernels(streams).branch_backward(grad, streams, f, post, mix, rounded)
+        return kernels(streams, compiled).branch_backward(grad, streams, f, post, mix, rounded)
 
 
 @_fake(_merge_carried_backward)
-def _(grad: Tensor, streams: Tensor, f: Tensor, post: Tensor, mix: str, rounded: bool) -> Any:
+def _(grad: Tensor, streams: Tensor, f: Tensor, post: Tensor, mix: str, rounded: bool, compiled: bool = False) -> Any:
     entries = 0 if mix == "identity" else post.shape[-1]
     return _like(f), _like(post), post.new_empty((*post.shape[:-1], entries, entries))
 
 
 def _merge_carried_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    streams, f, _, post, res, transposed, ctx.rounded = inputs
+    streams, f, _, post, res, transposed, ctx.rounded, ctx.compiled = inputs
     ctx.mix = "identity" if res is None else "transposed" if transposed else "given"
     ctx.save_for_backward(streams, f, post)
 
 
 def _merge_carried_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    df, dpost, dres = _merge_carried_backward(grad, *ctx.saved_tensors, ctx.mix, ctx.rounded)
-    return None, df, grad, dpost, None if ctx.mix == "identity" else dres, None, None
+    df, dpost, dres = _merge_carried_backward(grad, *ctx.saved_tensors, ctx.mix, ctx.rounded, ctx.compiled)
+    return None, df, grad, dpost, None if ctx.mix == "identity" else dres, None, None, None
 
 
 _merge_carried.register_autograd(_merge_carried_vjp, setup_context=_merge_carried_setup)

@@ -44,19 +44,8 @@ def read(
     return u, pre, post, res, z, r
 
 
-def merge_read(
-    streams: Tensor,
-    f: Tensor,
-    post: Tensor,
-    res: Tensor | None,
-    transposed: bool,
-    rounded: bool,
-    parameters: tuple[Tensor, Tensor, Tensor],
-    convention: Convention,
-) -> tuple[Tensor, ...]:
-    """The merged streams, and what ``read`` gives for them."""
-    merged = plain.merge(streams, f, post, res, transposed, rounded)
-    return merged, *read(merged, *parameters, convention)
+merge = plain.merge
+branch_backward = plain.branch_backward
 
 
 def read_backward(

@@ -153,7 +153,7 @@ def merge_read(
     parameters: tuple[Tensor, Tensor, Tensor],
     convention: Convention,
 ) -> tuple[Tensor, ...]:
-    """As ``site_plain.merge_read``."""
+    """The merged streams, and what ``read`` gives for them, in two launches."""
     mix, lead = _mix(res, transposed), streams.shape[:-2]
     merged, u, site = _merge_read((streams, f, post, res), parameters, mix, rounded, convention)
     return merged, u, *_filled(site), site.z.view(-1, *lead), site.r.view(lead)

@@ -77,7 +77,7 @@ def _border(merge: fx.Node, read: fx.Node) -> bool:
 def _rewrite(emitter: Emitter, pair: Pair) -> None:
     graph, merge, read = emitter.graph, pair.merge, pair.read
     streams, f, carrier, post, res, *flags = merge.args
-    flags += [False] * (2 - len(flags))
+    flags = [*flags, False, False][:2]
     with graph.inserting_before(pair.place):
         both = emitter.call(mhc.merge_read.default, streams, f, carrier, post, res, *flags, *read.args[1:], like=read)
         outputs: list[Any] = [emitter.call(operator.getitem, both, place, like=read) for place in range(6)]

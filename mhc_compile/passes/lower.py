@@ -51,8 +51,11 @@ class SiteOps:
     merges: tuple[fx.Node, ...]
 
 
-def lower(gm: fx.GraphModule) -> Outcome:
-    """Rewrite every site of `gm` that fits, in place; a note for each reason why others do not."""
+def lower(gm: fx.GraphModule, compiled: bool = False) -> Outcome:
+    """Rewrite every site of `gm` that fits, in place; a note for each reason why others do not.
+
+    compiled: inductor may compile the bodies of the ops, too, where they run on a CPU.
+    """
     starts = list(gm.graph.find_nodes(op="call_function", target=mhc.coefficients.default))
     if not starts:
         return Outcome(False)
@@ -61,7 +64,7 @@ def lower(gm: fx.GraphModule) -> Outcome:
     emitter = Emitter(gm.graph)
     for site in found:
         if isinstance(site, SiteOps):
-            _rewrite(emitter, site)
+            _rewrite(emitter, site, compiled)
     gm.recompile()
     kept: dict[str, list[str]] = {}
     for start, reason in zip(starts, found, strict=True):
@@ -147,15 +150,15 @@ def _note(reason: str, sites: list[str]) -> str:
 # ---------------------------------------------------------------------------------------------- rewrite
 
 
-def _rewrite(emitter: Emitter, site: SiteOps) -> None:
+def _rewrite(emitter: Emitter, site: SiteOps, compiled: bool) -> None:
     graph, start, balance = emitter.graph, site.coefficients, site.sinkhorn
     with graph.inserting_before(start):
-        read = emitter.call(mhc.read.default, *start.args[:4], *_variant(site), like=start)
+        read = emitter.call(mhc.read.default, *start.args[:4], *_variant(site, compiled), like=start)
         u, pre, post, res, carrier = (emitter.call(operator.getitem, read, place, like=start) for place in range(5))
     made = [read, u, res]
     for merge in site.merges:
         with graph.inserting_before(merge):
-            args = (*merge.args[:2], carrier, post, None if balance is None else res, *_manner(merge))
+            args = (*merge.args[:2], carrier, post, None if balance is None else res, *_manner(merge), *([True] if compiled else []))
             made.append(emitter.call(mhc.merge_carried.default, *args, like=merge))
         merge.replace_all_uses_with(made[-1])
         graph.erase_node(merge)
@@ -172,7 +175,7 @@ def _rewrite(emitter: Emitter, site: SiteOps) -> None:
             graph.erase_node(node)
 
 
-def _variant(site: SiteOps) -> tuple[Any, ...]:
+def _variant(site: SiteOps, compiled: bool) -> tuple[Any, ...]:
     """The arguments of `read` after the parameters, as far as they are not its defaults."""
     start, balance = site.coefficients, site.sinkhorn
     transposed, rounded = _manner(site.merges[0]) if site.merges else (False, False)
@@ -183,8 +186,9 @@ def _variant(site: SiteOps) -> tuple[Any, ...]:
         *(default if balance is None else given(balance, name, default) for name, default in _BALANCE.items()),
         transposed,
         rounded,
+        compiled,
     )
-    defaults = (*_GATES.values(), *_BALANCE.values(), False, False)
+    defaults = (*_GATES.values(), *_BALANCE.values(), False, False, False)
     kept = len(values)
     while kept > 2 and values[kept - 1] == defaults[kept - 3]:
         kept -= 1
