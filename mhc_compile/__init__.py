@@ -2,7 +2,7 @@
 
 from mhc_compile.checkpoint import load
 from mhc_compile.config import MHCConfig
-from mhc_compile.convert import history, mhc_compile, param_groups, restore
+from mhc_compile.convert import history, mhc_compile, param_groups, recompute, restore
 from mhc_compile.errors import (
     CaptureError,
     ConfigError,
@@ -16,6 +16,7 @@ from mhc_compile.explain import explain
 from mhc_compile.hyper_connection import HyperConnection
 from mhc_compile.monitor import composite_gains, gain, observe
 from mhc_compile.owning_backend import Backend
+from mhc_compile.partition import Plan, partition
 from mhc_compile.trace import trace
 from mhc_compile.verify import verify
 
@@ -29,6 +30,7 @@ __all__ = [
     "MHCConfig",
     "MHCError",
     "PartitionError",
+    "Plan",
     "RewriteError",
     "ShapeError",
     "composite_gains",
@@ -39,6 +41,8 @@ __all__ = [
     "mhc_compile",
     "observe",
     "param_groups",
+    "partition",
+    "recompute",
     "restore",
     "trace",
     "verify",

@@ -58,6 +58,7 @@ __all__ = [
     "Unsupported",
     "active_ddp",
     "as_fake",
+    "caches_of",
     "compile_graph",
     "compile_settings",
     "dynamo_is_off",
@@ -114,10 +115,15 @@ def compile_graph(
     backend: str, graph: fx.GraphModule, example_inputs: list[Any], fingerprint: str
 ) -> Callable[..., Any]:
     """The graph compiled by a registered backend of Dynamo; torch's caches are told `fingerprint` apart from others."""
-    tag = torch.compiler.config.cache_key_tag
-    with torch.compiler.config.patch(cache_key_tag=f"{tag}{fingerprint}"):  # type: ignore[attr-defined]
+    with caches_of(fingerprint):
         compiled: Callable[..., Any] = lookup_backend(backend)(graph, example_inputs)
     return compiled
+
+
+def caches_of(fingerprint: str) -> Any:
+    """A context in which torch's caches on disk know nothing but what was compiled with this fingerprint."""
+    tag = f"{torch.compiler.config.cache_key_tag}{fingerprint}"
+    return torch.compiler.config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]
 
 
 def active_ddp() -> bool:

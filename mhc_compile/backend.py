@@ -17,12 +17,18 @@ from mhc_compile import _torch
 from mhc_compile.errors import RewriteError
 from mhc_compile.kernels.devices import fingerprint
 from mhc_compile.passes.capture import normalize
+from mhc_compile.passes.eager_replay import replaying
 from mhc_compile.passes.emit import Emitter
 from mhc_compile.passes.fuse import fuse
 from mhc_compile.passes.history import Pass, PassRecord, run_passes, start_record
 from mhc_compile.passes.lower import lower
+from mhc_compile.passes.match import match_passes
+from mhc_compile.passes.match_report import Matches
 from mhc_compile.passes.op_kinds import aten
 from mhc_compile.passes.provenance import module_path
+from mhc_compile.passes.recompute import Blocks, tag
+from mhc_compile.passes.recompute import fingerprint as blocks_fingerprint
+from mhc_compile.passes.recompute_choice import Recompute
 from mhc_compile.passes.rewrite import Analysis, analyze, keep_sites, leave_plain, rename, rewrite
 from mhc_compile.passes.trunks import Site
 from mhc_compile.record import Record
@@ -42,24 +48,37 @@ class ConvertingBackend:
 
     record: of the conversion; parameters: the names (`site.phi`, ...) of what its anchor lists, in order. Keeps the
     pass records of every compilation in `history`. level: of the ops that are compiled, 1 or 2 (where they fit).
+    recompute: which sites the backward replays; None stores all.
     """
 
     record: Record
     parameters: list[str]
     history: list[PassRecord] = field(default_factory=list)
     level: int = 2
+    recompute: Recompute | None = None
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Dynamo's backend interface."""
         graph = normalized(gm, self.history)
-        self.history.extend(self.rewrite(graph))
-        compiled: Callable[..., Any] = _torch.compile_graph(
-            self.record.config.backend, graph, example_inputs, fingerprint()
-        )
+        blocks: Blocks = ()
+        records = self.rewrite(graph)
+        if self.record.config.n > 1 and self.recompute is not None and torch.is_grad_enabled():
+            blocks = self.recompute.blocks(graph, example_inputs)
+            records += run_passes(graph, [Pass("recompute", True, partial(tag, blocks=blocks))])
+        backend = self.record.config.backend
+        replays = bool(blocks) and backend == "eager"
+        if self.record.config.n > 1 and (self.level == 2 or replays):
+            # What replays without a compiler does so op by op: a merge is not made again for the sake of a read.
+            records += run_passes(graph, level_2(backend)[: 1 if replays else None])
+        self.history.extend(records)
+        if replays:
+            return replaying(graph)
+        told_apart = fingerprint() + blocks_fingerprint(blocks)  # the caches' keys do not see tags
+        compiled: Callable[..., Any] = _torch.compile_graph(backend, graph, example_inputs, told_apart)
         return compiled
 
     def rewrite(self, graph: fx.GraphModule) -> list[PassRecord]:
-        """Widen the trunks of a normalised graph, in place, with the parameters its anchor lists."""
+        """Widen the trunks of a normalised graph, in place, with the parameters its anchor lists; level-1 ops."""
         anchor = next(iter(graph.graph.find_nodes(op="call_function", target=ANCHOR)), None)
         if anchor is None:
             raise RewriteError(
@@ -81,8 +100,7 @@ class ConvertingBackend:
         def parameters_of(site: Site) -> tuple[fx.Node, fx.Node, fx.Node]:
             return nodes[f"{site.name}.phi"], nodes[f"{site.name}.alpha"], nodes[f"{site.name}.bias"]
 
-        records = [*analysis.records, *rewrite(analysis, self.record.config, parameters_of)]
-        return [*records, *run_passes(graph, level_2(self.record.config.backend))] if self.level == 2 else records
+        return [*analysis.records, *rewrite(analysis, self.record.config, parameters_of)]
 
 
 def normalized(gm: fx.GraphModule, history: list[PassRecord]) -> fx.GraphModule:
@@ -156,21 +174,26 @@ def mhc(gm: fx.GraphModule, example_inputs: list[Any], *, options: Any = None, m
 
     Compiles with inductor (`mode` and `options` are handed to it). Warns when the graph holds no mHC.
     """
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    examples = [node.meta["example_value"] for node in placeholders]
-    if examples and any(isinstance(example, torch.Tensor) for example in examples):
-        analysis = analyze(normalize(gm, examples))
-        where = analysis.foreign
-        if where is None:
-            warnings.warn(
-                'backend="mhc" found 0 mHC sites in this graph and leaves it to inductor; legal: the graph of a model '
-                "that is mHC already. Next: to convert a model, call mhc_compile(model)",
-                stacklevel=2,
-            )
-        else:
-            warnings.warn(
-                f'backend="mhc" recognises the mHC at {where} but has no fused form for it yet; inductor compiles it',
-                stacklevel=2,
-            )
     chosen = {**(torch._inductor.list_mode_options(mode) if mode else {}), **(options or {})}
-    return torch._inductor.compile(gm, example_inputs, options=chosen)
+    with _torch.caches_of(fingerprint()):
+        return torch._inductor.compile(_matched(gm), example_inputs, options=chosen)
+
+
+def _matched(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph from Dynamo with the mHC that it holds on fused ops; the graph itself when it holds none."""
+    examples = [node.meta["example_value"] for node in gm.graph.nodes if node.op == "placeholder"]
+    if not any(isinstance(example, torch.Tensor) for example in examples):
+        return gm
+    graph, found = normalize(gm, examples), list[Matches]()
+    run_passes(graph, [*match_passes(found), *level_2("inductor")])
+    (matches,) = found
+    if matches.ops:
+        graph.recompile()
+        return graph
+    nearest = f"; nearest: {matches.refused[0]}" if matches.refused else ""
+    warnings.warn(
+        f'backend="mhc" found 0 mHC sites in this graph and leaves it to inductor{nearest}; legal: the graph of a '
+        "model that is mHC already. Next: to convert a model, call mhc_compile(model)",
+        stacklevel=2,
+    )
+    return gm

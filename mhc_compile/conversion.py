@@ -19,6 +19,7 @@ from mhc_compile.errors import CaptureError, ConfigError, MHCError, RewriteError
 from mhc_compile.hyper_connection import HyperConnection
 from mhc_compile.parts import inside, is_inside, part_paths, record_of_part
 from mhc_compile.passes.history import PassRecord
+from mhc_compile.passes.recompute_choice import Recompute
 from mhc_compile.record import KEY, Record, SiteRecord
 from mhc_compile.sharding import run_gathered
 
@@ -75,19 +76,20 @@ def check_same(own: Record, loaded: Record) -> None:
 class Conversion:
     """A model's conversion: its record, its original class, and the compiled forward of it and of its parts."""
 
-    def __init__(self, original: type[nn.Module], record: Record) -> None:
-        self.original, self.record = original, record
+    def __init__(self, original: type[nn.Module], record: Record, recompute: Recompute | None = None) -> None:
+        self.original, self.record, self.recompute = original, record, recompute
         self.history: list[PassRecord] = []
         self._compiled: dict[str, Callable[..., Any]] = {}  # by the path of the part; '' is the whole model
         self._sites = preconditions.SiteCheck(record)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles compile anew; the record goes with its version."""
-        return {"original": self.original, "record": self.record.as_dict()}
+        return {"original": self.original, "record": self.record.as_dict(), "recompute": self.recompute}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Raises ConfigError for a record that this version does not know."""
-        self.__init__(state["original"], Record.from_dict(state["record"]))  # type: ignore[misc]
+        record = Record.from_dict(state["record"])
+        self.__init__(state["original"], record, state.get("recompute"))  # type: ignore[misc]
 
     def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], part: str = "") -> Any:
         """The converted forward of the model, or of the part at this path."""
@@ -101,6 +103,10 @@ class Conversion:
         except MHCError:
             self._compiled.pop(part, None)  # Dynamo remembers the sizes of a refused call, and would trace dynamic ones
             raise
+
+    def forget_compiled(self) -> None:
+        """The next call of the model, or of a part, compiles anew."""
+        self._compiled.clear()
 
     def _retried(self, part: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
@@ -149,7 +155,7 @@ class Conversion:
         if part:
             record, original = record_of_part(record, part), model.get_submodule(part).__dict__[PART].original
             names = [name for name in names if name.startswith(f"{part}.")]
-        converting = ConvertingBackend(record, names, self.history, level)
+        converting = ConvertingBackend(record, names, self.history, level, self.recompute)
         return torch.compile(_torch.fresh_function(anchored(original, part)), backend=converting, fullgraph=True)
 
 
@@ -211,7 +217,7 @@ def conversion(model: nn.Module) -> Conversion:
     return found
 
 
-def attach(model: nn.Module, record: Record) -> None:
+def attach(model: nn.Module, record: Record, recompute: Recompute | None = None) -> None:
     """Make a plain model the converted one that `record` describes, in place, with freshly initialised sites.
 
     The sites lie on the device of the model's first parameter. Nothing is traced: the first call checks that the
@@ -222,7 +228,7 @@ def attach(model: nn.Module, record: Record) -> None:
     with torch.inference_mode(False):  # a first call may be in that mode, whose tensors can never be trained
         tree = plant(record, device).train(model.training)
     model.add_module(TREE, tree)
-    model.__dict__[STATE] = Conversion(original, record)
+    model.__dict__[STATE] = Conversion(original, record, recompute)
     model.__class__ = converted_class(original)  # type: ignore[arg-type]  # mypy takes the class for its instance
     for path in part_paths(model, record):
         part = model.get_submodule(path)

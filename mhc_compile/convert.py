@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from mhc_compile.passes.capture import just_in_time
 from mhc_compile.passes.history import PassRecord
 from mhc_compile.passes.op_kinds import aten
 from mhc_compile.passes.provenance import module_path, source_line
+from mhc_compile.passes.recompute_choice import Recompute
 from mhc_compile.passes.residuals import Refusal
 from mhc_compile.passes.rewrite import Analysis, analyze, leave_plain
 from mhc_compile.passes.select import NO_GRAD
@@ -43,6 +45,7 @@ def mhc_compile(
     example_inputs: Any = None,
     only: Choice | None = None,
     skip: Choice | None = None,
+    recompute: Any = None,
     **options: Any,
 ) -> nn.Module:
     """Turn a model into n-stream mHC, in place, and give it back.
@@ -57,17 +60,19 @@ def mhc_compile(
         without them is converted at its first call, and until then refuses to give its parameters or state.
     only, skip: which sites are converted, and which stay plain adds: a pattern of `fnmatch` for site or module
         names (`"model.layers.0"`, `"*.mlp"`), several, or a function of a SiteRecord.
+    recompute: what the backward computes again instead of keeping it, see `recompute(model, choice)`.
     n, options: the fields of MHCConfig; or pass `config`.
 
     Raises ConfigError for a wrong option, CaptureError for a model that is not one graph, and RewriteError when it
     has no residual add, is mHC or converted already. The model is then as it was.
     """
-    config = as_config(n, config, options)
+    config, replay = as_config(n, config, options), Recompute.of(recompute)
     _convertible(model)
+    convert = partial(convert_for_call, recompute=replay)
     if example_inputs is None and not derivable(model):
-        return lazy.convert_later(model, lazy.Pending(type(model), convert_for_call, config, only, skip))
+        return lazy.convert_later(model, lazy.Pending(type(model), convert, config, only, skip))
     args, kwargs = as_call(derive(model) if example_inputs is None else example_inputs)
-    return convert_for_call(model, config, only, skip, args, kwargs)
+    return convert(model, config, only, skip, args, kwargs)
 
 
 def convert_for_call(
@@ -77,6 +82,7 @@ def convert_for_call(
     skip: Choice | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    recompute: Recompute | None = None,
 ) -> nn.Module:
     """Convert a plain model as one call `model(*args, **kwargs)` shows it."""
     try:
@@ -90,7 +96,23 @@ def convert_for_call(
     record = recorded(analysis, config, only, skip)
     preconditions.refuse_other_precision(model, record, args, kwargs)
     preconditions.warn_not_finite(model)
-    attach(model, record)
+    attach(model, record, recompute)
+    return model
+
+
+def recompute(model: nn.Module, choice: Any) -> nn.Module:
+    """Let the backward of a converted model replay its mHC ops from a few states, in place, and give the model back.
+
+    choice: `"auto"` (the blocks of sites that take least memory), the number of sites of a block, a plan of
+    `partition(model, ...)`, or None: everything is stored. Values and gradients are the same bit for bit, except under
+    inductor, which fuses otherwise. What a branch computes is never computed again. Applies from the next compilation
+    on, that is, from the next call. The backends "aot_eager" and "inductor" leave the rest to torch's min-cut
+    partitioner; "eager" replays by hooks on what autograd saves.
+    Raises ConfigError for another choice, and RewriteError for a model that is not converted.
+    """
+    replay, state = Recompute.of(choice), conversion(model)
+    state.recompute = replay
+    state.forget_compiled()
     return model
 
 

@@ -19,7 +19,10 @@ from mhc_compile.passes.bind import bind_parameters
 from mhc_compile.passes.capture import just_in_time
 from mhc_compile.passes.dataflow import is_learned
 from mhc_compile.passes.fuse import fuse
+from mhc_compile.passes.history import count_ops, run_passes
 from mhc_compile.passes.lower import lower
+from mhc_compile.passes.match import match_passes
+from mhc_compile.passes.match_report import Matches
 from mhc_compile.passes.op_kinds import NORMS, aten, packet
 from mhc_compile.passes.provenance import module_path, source_line
 from mhc_compile.passes.rewrite import Analysis, analyze, leave_plain, rewrite
@@ -76,10 +79,16 @@ class Explanation:
     trunks: list[ExplainedTrunk]
     refused: list[ExplainedRefusal]
     notes: list[str]
+    own: Matches | None = None  # the mHC that the model has already, as `backend="mhc"` finds it
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=min(Console().width, _WIDTH) if Console().is_terminal else _WIDTH)
         counts = f"{len(self.sites)} sites on {_plural(len(self.trunks), 'trunk')}, {len(self.refused)} adds refused"
+        if self.own is not None:
+            own = f"{_plural(len(self.own.sites), 'site')} of its own, {_plural(len(self.own.heads), 'exit')}"
+            console.print(f"{self.model}: {own}", markup=False, highlight=False)
+            console.print(_own_table(self.own), markup=False)
+            return self._with_notes(console)
         console.print(f"{self.model}: {counts}", markup=False, highlight=False)
         for trunk in self.trunks:
             text = (
@@ -90,6 +99,9 @@ class Explanation:
             console.print(self._site_table(), markup=False)
         if self.refused:
             console.print(self._refusal_table(), markup=False)
+        return self._with_notes(console)
+
+    def _with_notes(self, console: Console) -> str:
         for note in self.notes:
             console.print(f"note: {note}", markup=False, highlight=False)
         assert isinstance(console.file, io.StringIO)
@@ -104,6 +116,7 @@ class Explanation:
             "trunks": [vars(trunk) for trunk in self.trunks],
             "refused": [vars(refusal) for refusal in self.refused],
             "notes": self.notes,
+            **({} if self.own is None else {"own": [vars(one) for one in (*self.own.sites, *self.own.heads)]}),
         }
 
     def _site_table(self) -> Table:
@@ -124,6 +137,18 @@ class Explanation:
         return table
 
 
+def _own_table(own: Matches) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for header, ratio in (("", 0), ("module", 4), ("streams", 0), ("ops", 4), ("source line", 5)):
+        table.add_column(header, ratio=ratio or None, overflow="fold")
+    for one in (*own.sites, *own.heads):
+        ops = ", ".join(one.ops) + (f"; its own {', '.join(one.kept)}" if one.kept else "")
+        table.add_row(
+            "exit" if one.kind == "head" else one.kind, one.module, f"{one.n} x {one.features}", ops, one.line
+        )
+    return table
+
+
 def explain(model: nn.Module, inputs: Any = None) -> Explanation:
     """Trunks, sites and refusals of a model, converted or not, as captured for `inputs`.
 
@@ -139,12 +164,24 @@ def explain(model: nn.Module, inputs: Any = None) -> Explanation:
     if record is not None and record.plain:
         analysis = leave_plain(analysis, record.plain)
     found = explanation(type(model).__name__, analysis)
+    if analysis.foreign is not None:
+        return _with_its_own(found, analysis)
     return replace(found, notes=[*found.notes, *_unfused(analysis, record.config if record else MHCConfig())])
+
+
+def _with_its_own(found: Explanation, analysis: Analysis) -> Explanation:
+    """With the sites of a model that is mHC already. Rewrites the graph: the analysis is used up."""
+    matches = list[Matches]()
+    before = count_ops(analysis.graph.graph).total()
+    run_passes(analysis.graph, match_passes(matches))
+    notes = [*matches[0].notes, *lower(analysis.graph).notes, *fuse(analysis.graph).notes]
+    notes.append(f"{before} ops in the graph become {count_ops(analysis.graph.graph).total()}")
+    return replace(found, notes=[*found.notes, *notes], own=matches[0])
 
 
 def _unfused(analysis: Analysis, config: MHCConfig) -> list[str]:
     """The sites that keep an op for each term, and why. Rewrites the graph: the analysis is used up."""
-    if config.n == 1 or analysis.foreign is not None:
+    if config.n == 1:
         return []
     look_up, _ = bind_parameters(analysis.graph, analysis.sites, config.n)
     rewrite(analysis, config, look_up)
@@ -178,7 +215,7 @@ def explanation(name: str, analysis: Analysis) -> Explanation:
         note for trunk in enumerate(analysis.trunks) for note in _trunk_notes(*trunk)
     ]
     if analysis.foreign is not None:
-        notes.append(f'this model is mHC already (at {analysis.foreign}); torch.compile(model, backend="mhc") keeps it')
+        notes.append(f'this model is mHC already (at {analysis.foreign}); torch.compile(model, backend="mhc") fuses it')
     return Explanation(name, sites, trunks, refused, notes)
 
 

@@ -40,7 +40,8 @@ def run(name: str, **size: Any) -> dict[str, Any]:
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"llama", "vit_digits", "own_module", "upcycle"}
+    tested = {"llama", "vit_digits", "own_module", "upcycle", "deepseek_v4", "pipeline"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
 def test_llama(capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,6 +51,16 @@ def test_llama(capsys: pytest.CaptureFixture[str]) -> None:
     assert "LlamaForCausalLM: verified" in printed
     assert losses["before"] == pytest.approx(losses["plain"], abs=1e-4)
     assert losses["after"] < losses["before"] - 0.5
+
+
+def test_deepseek_v4(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run("deepseek_v4", layers=1, length=16, turns=1, backends=("mhc",))
+    printed = capsys.readouterr().out
+    assert "DeepseekV4ForCausalLM: 2 sites of its own, 1 exit" in printed
+    assert "2 of 3 reads fused with the merge before them" in printed
+    before, after = map(int, re.findall(r"(\d+) ops in the graph become (\d+)", printed)[0])
+    assert after < before - 250  # two Sinkhorn chains of 20 iterations
+    assert found["mhc: logits"] < 1e-5 and found["mhc: gradients"] < 5e-5
 
 
 def test_vit_digits() -> None:

@@ -1,0 +1,197 @@
+"""Recomputation without a compiler: a tagged graph that drops its streams behind the forward, and replays them.
+
+The backward of a site needs the streams that it read, the aggregate and its norm; all follow from the first streams of
+their block, the outputs of the branches and the coefficients. Those are kept: the branches' outputs because a merge
+needs them anyway, the coefficients because they are a few numbers a token. The rest is handed to autograd as a name
+(`torch.autograd.graph.saved_tensors_hooks`), and computed again, op by op and bit for bit, when the backward asks.
+Nothing of a branch beside its first norm is ever computed twice.
+
+`tag` (`passes.recompute`) says which nodes are replayed. Backwards that ask twice (`retain_graph`, schedules that take
+the gradients of inputs and of weights apart) replay twice.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import CheckpointPolicy
+
+mhc = torch.ops.mhc
+
+
+def replaying(gm: fx.GraphModule) -> Callable[..., Any]:
+    """The graph, lowered to `read` and `merge_carried`, as a function that replays what it is tagged for."""
+    program = _Program(gm)
+
+    def run(*arguments: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return gm(*arguments)
+        session = _Session(program)
+        with torch.autograd.graph.saved_tensors_hooks(session.pack, session.unpack):
+            return session.run(*arguments)
+
+    return run
+
+
+class _Program:
+    """What a graph's runs have in common: which nodes are replayed, and what they are replayed from."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.replayed: set[fx.Node] = set()
+        for node in gm.graph.nodes:
+            if node.meta.get("recompute") == CheckpointPolicy.MUST_RECOMPUTE and self._can(node):
+                self.replayed.add(node)
+        self.roots = {source for node in self.replayed for source in _sources(node) if source not in self.replayed}
+
+    def _can(self, node: fx.Node) -> bool:
+        """A tensor that can be made again from others. Of a `read` that is u; its coefficients are kept."""
+        if node.target is operator.getitem:
+            source, place = node.args
+            assert isinstance(source, fx.Node)
+            return bool(source.target is mhc.read.default and place == 0) or source in self.replayed
+        return node.op == "call_function" and node.target is not mhc.read.default
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """What a replayed node is computed from: u of a read from its streams and its pre."""
+    if _is_aggregate(node):
+        read: Any = node.args[0]
+        return [read.args[0], read]
+    return [source for source in node.all_input_nodes if node.target is not mhc.merge_carried.default or _real(source)]
+
+
+def _is_aggregate(node: fx.Node) -> bool:
+    return node.target is operator.getitem and getattr(node.args[0], "target", None) is mhc.read.default
+
+
+def _real(source: fx.Node) -> bool:
+    """Not a carrier, which holds nothing."""
+    return not (_is_aggregate(source) and source.args[1] == 4)
+
+
+@dataclass(frozen=True)
+class _Name:
+    """What autograd keeps in place of a tensor: the node that it is of, or a view of."""
+
+    node: fx.Node
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+def _identity(tensor: Tensor) -> StorageWeakRef:
+    """Of a tensor's memory; not an address, which another tensor may have once this one is gone."""
+    made: StorageWeakRef = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+    return made
+
+
+class _Session:
+    """One forward of a program, and what its backward needs."""
+
+    def __init__(self, program: _Program) -> None:
+        self.program = program
+        self._roots: dict[fx.Node, Any] = {}
+        self._owners: dict[StorageWeakRef, fx.Node] = {}
+        self._asked: Counter[fx.Node] = Counter()  # how many names of each node autograd keeps
+        self._served: Counter[fx.Node] = Counter()
+        self._values: dict[fx.Node, Any] = {}
+        self._autocast: dict[fx.Node, tuple[str, torch.dtype]] = {}
+
+    def run(self, *arguments: Any) -> Any:
+        interpreter = _Recording(self)
+        result = interpreter.run(*arguments)
+        self._owners.clear()
+        return result
+
+    def record(self, node: fx.Node, value: Any) -> None:
+        """Note what a node of the forward gave."""
+        if node in self.program.roots:
+            # For a read, pre; its other outputs that are needed are roots of their own.
+            kept = value[1] if node.target is mhc.read.default else value
+            self._roots[node] = kept.detach() if isinstance(kept, Tensor) else kept
+        if node in self.program.replayed and isinstance(value, Tensor):
+            self._owners.setdefault(_identity(value), node)
+            device = value.device.type
+            if torch.is_autocast_enabled(device):
+                self._autocast[node] = device, torch.get_autocast_dtype(device)
+
+    def pack(self, tensor: Tensor) -> Tensor | _Name:
+        node = self._owners.get(_identity(tensor))
+        if node is None:
+            return tensor
+        self._asked[node] += 1
+        return _Name(node, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+
+    def unpack(self, kept: Tensor | _Name) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        with torch.no_grad():
+            value: Tensor = self._value(kept.node)
+        self._serve(kept.node)
+        return value.as_strided(kept.size, kept.stride, kept.offset)
+
+    def _serve(self, node: fx.Node) -> None:
+        """Drop a value when autograd has had it for all of its names: those it was needed for are there already."""
+        self._served[node] += 1
+        if self._served[node] >= self._asked[node]:
+            self._values.pop(node, None)
+        if self._served.total() >= self._asked.total():
+            self._served.clear()
+            self._values.clear()
+
+    def _value(self, node: fx.Node) -> Any:
+        missing = self._missing(node)
+        for each in missing:
+            self._values[each] = self._compute(each)
+        return self._values[node]
+
+    def _missing(self, node: fx.Node) -> list[fx.Node]:
+        """What has to be computed for a node, in order."""
+        order: dict[fx.Node, None] = {}
+        stack = [(node, False)]
+        while stack:
+            current, ready = stack.pop()
+            if current in order or current in self._values or current in self._roots:
+                continue
+            if ready:
+                order[current] = None
+                continue
+            stack.append((current, True))
+            stack.extend((source, False) for source in _sources(current))
+        return list(order)
+
+    def _compute(self, node: fx.Node) -> Any:
+        def value(source: fx.Node) -> Any:
+            return self._roots[source] if source in self._roots else self._values[source]
+
+        if _is_aggregate(node):
+            streams, read = _sources(node)
+            return mhc.aggregate.default(value(streams), self._roots[read])
+        if node.target is mhc.merge_carried.default:
+            return mhc.merge.default(*fx.map_arg((*node.args[:2], *node.args[3:7]), value))
+        args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
+        assert callable(node.target)
+        device, dtype = self._autocast.get(node, ("cpu", torch.bfloat16))
+        with torch.autocast(device, dtype, enabled=node in self._autocast):
+            return node.target(*args, **kwargs)
+
+
+class _Recording(fx.Interpreter):
+    """Runs the graph and tells the session what each node gave."""
+
+    def __init__(self, session: _Session) -> None:
+        super().__init__(session.program.gm)
+        self._session = session
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self._session.record(n, value)
+        return value

@@ -1,0 +1,392 @@
+"""The compiled bodies for a CPU: the values of plain torch, and few compilations.
+
+What is compiled is kept by the module for the whole process, so each body costs its seconds once in this file.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernel_oracles
+from mhc_compile import _torch
+from mhc_compile.kernels import cpu, plain, site_ops, site_plain
+from mhc_compile.kernels.convention import DEEPSEEK_V4, HUNYUAN_V4, PAPER, Convention
+from tolerances import TOLERANCES, assert_close
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHORT = replace(DEEPSEEK_V4, iterations=3, rms_eps=0.1)
+LONG = replace(PAPER, rms_eps=0.1)  # a large eps: at C = 1 the gradient of the streams is proportional to it
+INPUTS = ("streams", "phi", "alpha", "bias", "f")
+
+
+def inputs(t: int, n: int, c: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The arguments of a site, and the gradients of what it gives."""
+    torch.manual_seed(0)
+    wide, k = plain.coefficient_dtype(dtype), n * n + 2 * n
+    shapes = {"streams": (t, n, c), "f": (t, c), "grad_u": (t, c), "grad_merged": (t, n, c)}
+    made = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+    made["phi"] = torch.randn(n * c, k).to(wide) / (n * c) ** 0.5
+    return {**made, "alpha": torch.tensor([0.5, 1.5, -2.0], dtype=wide), "bias": torch.randn(k).to(wide)}
+
+
+def site(read: Any, merge: Any, given: dict[str, Tensor], convention: Convention) -> dict[str, Tensor]:
+    """All that a site computes, forward and backward."""
+    x, f, g = given["streams"], given["f"], given["grad_merged"]
+    parameters = given["phi"], given["alpha"], given["bias"]
+    u, pre, post, res, z, r = read.read(x, *parameters, convention)
+    matrix = None if convention.res == "none" else res
+    merged = merge.merge(x, f, post, matrix, convention.transposed, convention.rounded)
+    df, dpost, dres = merge.branch_backward(g, x, f, post, convention.mix, convention.rounded)
+    grads = (given["grad_u"], None, dpost, None if matrix is None else dres, g)
+    dx, *others = read.read_backward(*grads, x, *parameters, pre, post, res, z, r, convention, True)
+    outputs = {"u": u, "pre": pre, "post": post, "res": res, "merged": merged, "z": z, "r": r}
+    gradients = dict(zip(INPUTS, (dx, *others, df), strict=True))
+    return {**outputs, **{f"gradient of {name}": one for name, one in gradients.items()}}
+
+
+def ours(given: dict[str, Tensor], convention: Convention) -> dict[str, Tensor]:
+    return site(cpu, cpu, given, convention)
+
+
+def in_plain_torch(given: dict[str, Tensor], convention: Convention) -> dict[str, Tensor]:
+    return site(site_plain, plain, given, convention)
+
+
+def oracle(given: dict[str, Tensor], convention: Convention) -> dict[str, Tensor]:
+    exact = {name: tensor.double() for name, tensor in given.items()}
+    leaves = [exact[name].requires_grad_() for name in INPUTS]
+    x, phi, alpha, bias, f = leaves
+    pre, post, res = kernel_oracles.coefficients(x, phi, alpha, bias, convention)
+    u = (pre.unsqueeze(-1) * x).sum(-2)
+    assert post is not None
+    merged = kernel_oracles.merge(x, f, post, res, convention)
+    grads = torch.autograd.grad([u, merged], leaves, [exact["grad_u"], exact["grad_merged"]])
+    outputs = {"u": u, "pre": pre, "post": post, "merged": merged}
+    return {**outputs, **{f"gradient of {name}": one for name, one in zip(INPUTS, grads, strict=True)}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def graphs() -> Iterator[list[Any]]:
+    """The graphs of all bodies that are compiled in this file."""
+    traced: list[Any] = []
+
+    def make_fx(*args: Any, trace: Any = _torch.make_fx, **kwargs: Any) -> Any:
+        def kept(*examples: Tensor) -> Any:
+            traced.append(trace(*args, **kwargs)(*examples))
+            return traced[-1]
+
+        return kept
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_torch, "make_fx", make_fx)
+        yield traced
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The bodies that are compiled during a test."""
+    compiled: list[Any] = []
+
+    def counted(body: Any, *args: Any, compile: Any = cpu._compile) -> Any:
+        compiled.append(body)
+        return compile(body, *args)
+
+    monkeypatch.setattr(cpu, "_compile", counted)
+    yield compiled
+
+
+# --- values -----------------------------------------------------------------------------------------------
+
+CASES = [(4, LONG, torch.float32), (2, SHORT, torch.float32), (2, SHORT, torch.bfloat16), (2, SHORT, torch.float16)]
+
+
+@pytest.mark.parametrize(("n", "convention", "dtype"), CASES, ids=["paper", "deepseek", "bf16", "fp16"])
+def test_against_plain_torch_and_the_oracle(n: int, convention: Convention, dtype: torch.dtype) -> None:
+    for t in (1, 7, 129):
+        for c in (1, 7, 129):
+            given = inputs(t, n, c, dtype)
+            found, expected = ours(given, convention), in_plain_torch(given, convention)
+            for name in expected:
+                assert found[name].dtype == expected[name].dtype and found[name].is_contiguous(), name
+                assert_close(f"{name}, {t} x {c}", found[name], expected[name].double())
+            if not (convention.rounded and dtype != torch.float32):  # the oracle does not round
+                for name, value in oracle(given, convention).items():
+                    assert_close(f"{name}, {t} x {c}, oracle", found[name], value)
+    assert not cpu._failures
+
+
+def test_bodies_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the five, with those that the test before this one has compiled."""
+    given, used = inputs(70, 4, 5, torch.float32), []
+
+    def noted(body: Any, *dtypes: torch.dtype, compiled: Any = cpu._compiled) -> Any:
+        used.append(type(body).__name__)
+        return compiled(body, *dtypes)
+
+    monkeypatch.setattr(cpu, "_compiled", noted)
+    for function in (plain, site_plain):
+        for name in ("merge", "branch_backward", "read", "read_backward"):
+            if hasattr(function, name):
+                monkeypatch.setattr(function, name, None)
+    ours(given, LONG)
+    assert sorted(used) == ["_BranchBackward", "_Coefficients", "_CoefficientsBackward", "_Merge", "_Streams"]
+
+
+@pytest.mark.parametrize("missing", ["grad_u", "grad_merged", "dpost", "dres", "all"])
+@pytest.mark.parametrize("wants_streams", [True, False])
+def test_some_gradients_are_missing(missing: str, wants_streams: bool) -> None:
+    given = inputs(70, 4, 5, torch.float32)
+    x, rest = given["streams"], (given["phi"], given["alpha"], given["bias"])
+    _, *kept = site_plain.read(x, *rest, LONG)
+    grads = {"grad_u": given["grad_u"], "pre": torch.randn(70, 4), "dpost": torch.randn(70, 4)}
+    grads |= {"dres": torch.randn(70, 4, 4), "grad_merged": given["grad_merged"]}
+    sent = [None if name == missing or missing == "all" else one for name, one in grads.items()]
+    results = [m.read_backward(*sent, x, *rest, *kept, LONG, wants_streams) for m in (cpu, site_plain)]
+    for name, found, expected in zip(INPUTS, *results, strict=False):
+        assert_close(name, found, expected.double())
+
+
+def test_leading_dimensions_and_layout() -> None:
+    given = inputs(70, 4, 6, torch.float32)
+    expected = in_plain_torch(given, LONG)
+
+    def turned(tensor: Tensor) -> Tensor:
+        """[70, ...] -> [7, 10, ...], not contiguous."""
+        lead = tensor.view(7, 10, *tensor.shape[1:])
+        return torch.stack([lead, lead], -1)[..., 0]
+
+    per_token = {name: turned(one) if len(one) == 70 else one for name, one in given.items()}
+    found = ours(per_token, LONG)
+    for name, value in expected.items():
+        lead = (name == "z") if value.shape[-1:] == (70,) and value.dim() == 2 else False
+        wanted = value.view(len(value), 7, 10) if lead else value
+        wanted = wanted.view(found[name].shape)
+        assert_close(name, found[name], wanted.double())
+
+
+def test_narrower_branch() -> None:
+    given = inputs(70, 2, 6, torch.float32)
+    given["f"] = given["f"].bfloat16()
+    found, expected = ours(given, SHORT), in_plain_torch(given, SHORT)
+    for name in expected:
+        assert found[name].dtype == expected[name].dtype
+        assert_close(name, found[name], expected[name].double())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_token_stays_alone(bad: float) -> None:
+    given = inputs(70, 4, 6, torch.float32)
+    clean = ours(given, LONG)
+    given["streams"][66, 2, 1] = bad
+    dirty = ours(given, LONG)
+    others = [i for i in range(70) if i != 66]
+    for name in ("u", "pre", "post", "res", "merged", "gradient of streams", "gradient of f"):
+        assert torch.equal(clean[name][others], dirty[name][others]), name
+
+
+def test_huge_logits() -> None:
+    given = inputs(70, 4, 6, torch.float32)
+    given["bias"] = 1000 * given["bias"]
+    found, expected = ours(given, LONG), in_plain_torch(given, LONG)
+    for name in expected:
+        assert found[name].isfinite().all(), name
+        assert_close(name, found[name], expected[name].double())
+
+
+def test_products_stay_fp32() -> None:
+    given = inputs(70, 4, 65, torch.float32)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        found = ours(given, LONG)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for name, value in oracle(given, LONG).items():
+        assert_close(name, found[name], value)
+
+
+def test_the_same_every_time() -> None:
+    given = inputs(333, 4, 16, torch.float32)
+    first = ours(given, LONG)
+    for _ in range(3):
+        for name, again in ours(given, LONG).items():
+            assert torch.equal(first[name], again), name
+
+
+# --- how much is compiled ---------------------------------------------------------------------------------
+
+
+def test_sizes_compile_nothing(compilations: list[Any]) -> None:
+    ours(inputs(70, 4, 6, torch.float32), LONG)  # compiled by now, also where this test runs alone
+    compilations.clear()
+    for t in (1, 2, 7, 63, 64, 65, 100, 129, 200, 333):
+        ours(inputs(t, 4, 1 + t % 50, torch.float32), LONG)
+    assert compilations == []
+
+
+def test_nothing_is_assumed_of_sizes(graphs: list[Any]) -> None:
+    """No guard of a graph is more than that a size is not 0 or 1 (1 is in the tests of values).
+
+    But for one: above 4096 features inductor would sum in chunks, where what is compiled goes on as it does below.
+    """
+    ours(inputs(70, 4, 6, torch.float32), LONG)
+    assert len(graphs) >= 5
+    for graph in graphs:
+        known, guards = graph.shape_env.replacements, [guard.expr for guard in graph.shape_env.guards]
+        open_sizes = sorted(set().union(*(guard.free_symbols for guard in guards)), key=str)
+        for values in product((2, 3, 16, 64, 129, 4096), repeat=2):
+            sizes = dict(zip(open_sizes, values, strict=False))
+            for guard in guards:
+                assert guard.subs(known).subs(sizes) == True, guard  # noqa: E712 - a sympy truth value
+
+
+def test_many_features() -> None:
+    given = inputs(3, 4, 9000, torch.float32)
+    found = ours(given, LONG)
+    for name, value in oracle(given, LONG).items():
+        assert_close(name, found[name], value)
+
+
+OUTSIDE = [
+    (inputs(5, 2, 3, torch.float64), SHORT),
+    (inputs(5, 1, 3, torch.float32), SHORT),
+    (inputs(5, 9, 3, torch.float32), SHORT),
+    (inputs(0, 2, 3, torch.float32), SHORT),
+    (inputs(5, 2, 3, torch.float32), replace(SHORT, iterations=cpu.MAX_ITERATIONS + 1)),
+]
+
+
+@pytest.mark.parametrize(("given", "convention"), OUTSIDE, ids=["fp64", "n1", "n9", "empty", "iterations"])
+def test_plain_torch_for_the_rest(given: dict[str, Tensor], convention: Convention, compilations: list[Any]) -> None:
+    found, expected = ours(given, convention), in_plain_torch(given, convention)
+    assert not any(isinstance(body, cpu._Coefficients) for body in compilations)
+    for name in expected:
+        assert_close(name, found[name], expected[name].double())
+
+
+def test_a_convention_without_res(compilations: list[Any]) -> None:
+    given = inputs(5, 2, 3, torch.float32)
+    columns = HUNYUAN_V4.columns(2)
+    given["phi"] = given["phi"][:, :columns].contiguous()
+    given |= {"bias": given["bias"][:columns], "alpha": given["alpha"][:2]}
+    found, expected = ours(given, HUNYUAN_V4), in_plain_torch(given, HUNYUAN_V4)
+    assert compilations == []
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+# --- as ops -----------------------------------------------------------------------------------------------
+
+
+def through_ops(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, f: Tensor, compiled: bool = True) -> Tensor:
+    u, _, post, res, carrier = site_ops.read(x, phi, alpha, bias, LONG.rms_eps, LONG.iterations, compiled=compiled)
+    return site_ops.merge_carried(x, torch.tanh(u) * f, carrier, post, res, compiled=compiled)
+
+
+def trained(function: Any, given: dict[str, Tensor], **options: Any) -> list[Tensor]:
+    leaves = [given[name].clone().requires_grad_() for name in INPUTS]
+    merged = function(*leaves, **options)
+    return [merged.detach(), *torch.autograd.grad(merged, leaves, given["grad_merged"])]
+
+
+def test_ops_use_the_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By themselves, inside an outer compilation, and without gradients."""
+    given = inputs(70, 4, 6, torch.float32)
+    expected = trained(through_ops, given, compiled=False)
+    monkeypatch.setattr(plain, "merge", None)
+    monkeypatch.setattr(site_plain, "read", None)
+    outer = torch.compile(through_ops, backend="aot_eager", fullgraph=True)
+    for function in (through_ops, outer):
+        for name, found, value in zip(("merged", *INPUTS), trained(function, given), expected, strict=True):
+            assert_close(name, found, value.double())
+    with torch.no_grad():
+        assert_close("merged", outer(*(given[name] for name in INPUTS)), expected[0].double())
+    torch._dynamo.reset()
+
+
+# --- where it runs ----------------------------------------------------------------------------------------
+
+
+def test_compiled_under_the_modes_of_a_caller(monkeypatch: pytest.MonkeyPatch, compilations: list[Any]) -> None:
+    monkeypatch.setattr(cpu, "_bodies", {})
+    given = inputs(70, 2, 6, torch.float32)
+    expected = in_plain_torch(given, SHORT)
+    with torch.inference_mode(), torch.autocast("cpu"), torch.device("meta"), torch.compiler.set_stance("force_eager"):
+        merged = cpu.merge(given["streams"], given["f"], expected["post"], expected["res"], True)
+    torch._dynamo.reset()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        again = cpu.merge(given["streams"].requires_grad_(), given["f"], expected["post"], expected["res"], True)
+    assert len(compilations) == 1
+    assert_close("merged", merged.clone(), expected["merged"].double())
+    assert torch.equal(merged, again)
+
+
+def test_threads_share_a_compilation(monkeypatch: pytest.MonkeyPatch, compilations: list[Any]) -> None:
+    monkeypatch.setattr(cpu, "_bodies", {})
+    given = inputs(70, 2, 6, torch.float32)
+    expected = in_plain_torch(given, SHORT)
+    args = given["streams"], given["f"], expected["post"], expected["res"], True
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: cpu.merge(*args), range(8)))
+    assert len(compilations) == 1
+    for merged in results:
+        assert_close("merged", merged, expected["merged"].double())
+
+
+def test_switched_off(monkeypatch: pytest.MonkeyPatch, compilations: list[Any]) -> None:
+    monkeypatch.setattr(cpu, "_bodies", {})
+    given = inputs(70, 2, 6, torch.float32)
+    with torch._dynamo.config.patch(disable=True):  # what TORCHDYNAMO_DISABLE=1 sets
+        found, expected = ours(given, SHORT), in_plain_torch(given, SHORT)
+    assert compilations == [] and cpu._bodies == {}
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_failure_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> Any:
+        raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(cpu, "_bodies", {})
+    monkeypatch.setattr(cpu, "_failures", [])
+    monkeypatch.setattr(cpu, "_compile", fail)
+    given = inputs(70, 2, 6, torch.float32)
+    with pytest.warns(UserWarning, match="RuntimeError: no compiler") as caught:
+        found = ours(given, SHORT)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours(inputs(7, 2, 3, torch.float32), SHORT)
+    expected = in_plain_torch(given, SHORT)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_without_a_compiler(tmp_path: Path) -> None:
+    program = (
+        "import torch; from mhc_compile.kernels import cpu, plain\n"
+        "x, f, p, m = torch.ones(3, 2, 4), torch.ones(3, 4), torch.ones(3, 2), torch.ones(3, 2, 2)\n"
+        "assert torch.equal(cpu.merge(x, f, p, m), plain.merge(x, f, p, m))"
+    )
+    environment = {**os.environ, "CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    root = str(Path(cpu.__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stderr.count("compiling the CPU bodies of mHC is not possible here") == 1, done.stderr
+
+
+def test_tolerances_cover_the_dtypes() -> None:
+    assert set(cpu.DTYPES) < set(TOLERANCES)

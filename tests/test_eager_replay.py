@@ -1,0 +1,139 @@
+"""Recomputation without a compiler: bitwise the same gradients, and how much is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from graphs import float_outputs, randomize, zoo_model
+from mhc_compile import history, mhc_compile
+from mhc_compile.passes import eager_replay
+from mhc_compile.passes.eager_replay import replaying
+from mhc_compile.passes.emit import copy_graph
+from mhc_compile.passes.lower import lower
+from mhc_compile.passes.recompute import equal_blocks, tag
+from test_lower import Pair, _copy, pair, zoo_pair
+
+
+def tagged(one: Pair, length: int) -> fx.GraphModule:
+    graph = copy_graph(one.level_1)
+    tag(graph, equal_blocks(graph, length))
+    lower(graph)
+    return graph
+
+
+def outputs_of(call: Callable[..., Any], one: Pair) -> list[Tensor]:
+    return float_outputs(call(*map(_copy, one.arguments), *one.weights))
+
+
+def gradients(call: Callable[..., Any], one: Pair, times: int = 1) -> list[Tensor]:
+    """Outputs, and the gradients of all parameters and weights of sites."""
+    torch.manual_seed(3)
+    outputs = [output for output in outputs_of(call, one) if output.requires_grad]
+    leaves = [p for p in (*one.model.parameters(), *one.weights) if p.requires_grad]
+    loss = sum((output.float() * torch.linspace(-1, 1, output.numel()).view(output.shape)).sum() for output in outputs)
+    assert isinstance(loss, Tensor)
+    found: list[Tensor] = [output.detach() for output in outputs]
+    for i in range(times):
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=i + 1 < times)
+        found += [grad for grad in grads if grad is not None]
+    return found
+
+
+def assert_same_bits(found: list[Tensor], right: list[Tensor]) -> None:
+    assert len(found) == len(right) > 10
+    for a, b in zip(found, right, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("length", [1, 2, 100])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_same_bits(name: str, length: int) -> None:
+    one = zoo_pair(name)
+    graph = tagged(one, length)
+    assert_same_bits(gradients(replaying(graph), one), gradients(graph, one))
+
+
+def test_with_dropout_and_twice() -> None:
+    """What a branch draws is drawn once; a backward that is run twice gives the same twice."""
+    torch.manual_seed(0)
+    model, inputs = zoo_model("gpt2")
+    one = pair(model.train(), (), inputs)
+    assert any("dropout" in str(node.target) for node in one.level_1.graph.nodes)
+    graph = tagged(one, 2)
+    assert_same_bits(gradients(replaying(graph), one, times=2), gradients(graph, one, times=2))
+
+
+def test_under_autocast() -> None:
+    one = zoo_pair("llama")
+    graph = tagged(one, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(replaying(graph), one)
+        assert_same_bits(found, gradients(graph, one))
+
+
+def test_without_gradients() -> None:
+    one = zoo_pair("llama")
+    graph = tagged(one, 2)
+    with torch.no_grad():
+        found, right = (outputs_of(call, one) for call in (replaying(graph), graph))
+    assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
+
+
+def kept_states(one: Pair, length: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many tensors as large as the streams are kept for the backward."""
+    graph = tagged(one, length)
+    kept: dict[int, Tensor] = {}
+    pack = eager_replay._Session.pack
+    sessions = []
+
+    def watched(session: Any, tensor: Tensor) -> Any:
+        result = pack(session, tensor)
+        sessions.append(session)
+        if isinstance(result, Tensor):
+            kept[result.untyped_storage().data_ptr()] = result
+        return result
+
+    monkeypatch.setattr(eager_replay._Session, "pack", watched)
+    output = outputs_of(replaying(graph), one)[0]
+    for root in sessions[0]._roots.values():
+        if isinstance(root, Tensor):
+            kept[root.untyped_storage().data_ptr()] = root
+    size = max(node.meta["val"].numel() for node in graph.graph.nodes if "expand" in str(node.target))
+    states = sum(tensor.numel() == size and tensor.dim() == 4 for tensor in kept.values())
+    assert output.requires_grad
+    return states
+
+
+def test_states_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for each block but the first of a trunk, which is widened again; and what the read-out takes is no state."""
+    one = zoo_pair("llama")
+    count = len(one.sites)
+    assert count == 6
+    kept = {length: kept_states(one, length, monkeypatch) for length in (1, 2, 3, 6)}
+    assert kept == {1: 5, 2: 2, 3: 1, 6: 0}
+
+
+def test_an_option_of_a_conversion() -> None:
+    """A converted model whose backend is "eager" replays by itself."""
+    found = []
+    for recompute in (None, 2, "auto"):
+        torch.manual_seed(0)
+        model, inputs = zoo_model("llama")
+        mhc_compile(model, n=4, backend="eager", example_inputs=inputs, recompute=recompute)
+        randomize(model)
+        output = float_outputs(model(**inputs))[0]
+        output.square().mean().backward()
+        found.append([output.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        names = [record.name for record in history(model)]
+        assert ("recompute" in names, "fuse" in names) == (recompute is not None, recompute is None)
+        torch._dynamo.reset()
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for a, b in zip(found[1], found[2], strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,305 @@
+"""Compiled replay: what is kept against the prediction, gradients against those without it, and what is run twice."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import aot_module_simplified, make_boxed_func, min_cut_rematerialization_partition
+from torch import Tensor, fx, nn
+
+from graphs import float_outputs, loss_of, randomize, zoo_model
+from mhc_compile import ConfigError, RewriteError, history, mhc_compile
+from mhc_compile.convert import recompute
+from mhc_compile.partition import partition
+from mhc_compile.passes.cost import CostModel
+from mhc_compile.passes.emit import copy_graph
+from mhc_compile.passes.fuse import fuse
+from mhc_compile.passes.history import Outcome
+from mhc_compile.passes.lower import lower
+from mhc_compile.passes.plan_search import least_blocks
+from mhc_compile.passes.recompute import Blocks, equal_blocks, fingerprint, tag
+from mhc_compile.trace import Rewritten, rewritten
+
+SITES, LENGTH, WIDTH = 16, 16, 32
+TOLERANCE = 0.02
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def chain(sites: int = SITES) -> tuple[nn.Module, dict[str, Any]]:
+    """A GPT-2 in training, with dropout everywhere, and its inputs; two sites a layer."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    shape = dict(n_positions=LENGTH, n_embd=WIDTH, n_layer=sites // 2, n_head=4)
+    config = GPT2Config(vocab_size=50, bos_token_id=1, eos_token_id=2, attn_implementation="eager", **shape)
+    ids = torch.arange(2 * LENGTH).reshape(2, LENGTH) % 50
+    return GPT2LMHeadModel(config).train(), dict(input_ids=ids, use_cache=False)
+
+
+@cache
+def graph_of(name: str) -> Rewritten:
+    """The rewritten graph of a converted model with random mHC weights."""
+    model, inputs = chain() if name == "chain" else zoo_model(name)
+    mhc_compile(model.train(), 4, backend="aot_eager", example_inputs=inputs)
+    randomize(model)
+    return rewritten(model, inputs)
+
+
+@dataclass
+class Step:
+    """One compiled forward and backward: bytes kept, gradients, and the ops of the backward."""
+
+    kept: int
+    gradients: list[Tensor | None]
+    backward: Counter[str]
+
+    def is_bitwise(self, other: Step) -> bool:
+        pairs = zip(self.gradients, other.gradients, strict=True)
+        return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
+
+
+def heavy(ops: Counter[str]) -> Counter[str]:
+    """Products, attention and random numbers."""
+    words = ("mm", "conv", "attention", "softmax", "dropout", "rand", "bernoulli")
+    return Counter({op: count for op, count in ops.items() if any(word in op for word in words)})
+
+
+def step(made: Rewritten, *passes: Callable[[fx.GraphModule], Outcome]) -> Step:
+    """Compile a graph as "aot_eager" does, behind some passes, and run it under one seed."""
+    graph = copy_graph(made.graph)
+    for one in passes:
+        assert one(graph).modified
+    ops: Counter[str] = Counter()
+
+    def backward(gm: fx.GraphModule, inputs: Any) -> Any:
+        ops.update(str(node.target) for node in gm.graph.nodes if node.op == "call_function")
+        return make_boxed_func(gm)
+
+    run = aot_module_simplified(
+        graph,
+        list(made.arguments),
+        fw_compiler=lambda gm, inputs: make_boxed_func(gm),
+        bw_compiler=backward,
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    trained = [one for one in made.arguments if isinstance(one, Tensor) and one.requires_grad]
+    torch.manual_seed(7)
+    kept, output = bytes_kept(lambda: run(*made.arguments), made.arguments)
+    gradients = torch.autograd.grad(loss_of(float_outputs(output)), trained, allow_unused=True)
+    return Step(kept, list(gradients), ops)
+
+
+def bytes_kept(call: Callable[[], Any], given: Sequence[Any]) -> tuple[int, Any]:
+    """Bytes of the storages that a call keeps for its backward, those of its inputs left out; and its output."""
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = call()
+    own = {one.untyped_storage().data_ptr() for one in given if isinstance(one, Tensor)}
+    return sum(size for key, size in sizes.items() if key not in own), output
+
+
+@cache
+def stored_step(name: str) -> Step:
+    return step(graph_of(name))
+
+
+@cache
+def costs_of(name: str) -> CostModel:
+    made = graph_of(name)
+    return CostModel(made.graph, made.arguments, compiled=True)
+
+
+def predicted(costs: CostModel, blocks: Blocks) -> int:
+    """What the cost model says is kept with these blocks."""
+    first = {block[0] for block in blocks}
+    starts = [place for place, sites in enumerate(costs.sites_of_units) if sites and sites[0].name in first]
+    return sum(unit.kept for unit in costs.units) + sum(costs.units[start].state for start in starts)
+
+
+@pytest.mark.parametrize(
+    "length", [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow), 8, SITES]
+)
+def test_a_chain_keeps_what_is_predicted_and_its_gradients_are_the_same_bits(length: int) -> None:
+    made = graph_of("chain")
+    blocks = equal_blocks(made.graph, length)
+    assert [len(block) for block in blocks][:-1] == [length] * (-(-SITES // length) - 1)
+    replayed, stored = step(made, partial(tag, blocks=blocks)), stored_step("chain")
+    assert replayed.kept == pytest.approx(predicted(costs_of("chain"), blocks), rel=TOLERANCE)
+    assert replayed.kept < 0.9 * stored.kept
+    assert replayed.is_bitwise(stored)
+    assert heavy(replayed.backward) == heavy(stored.backward)
+    merges = replayed.backward["mhc.merge.default"]
+    assert merges == SITES - len(blocks)  # all states but those kept, and the one that nothing needs
+
+
+def test_the_blocks_of_a_plan_keep_what_it_says() -> None:
+    costs = costs_of("chain")
+    starts, peak = least_blocks(costs.units)
+    bounds = zip(starts, [*starts[1:], len(costs.units)], strict=True)
+    runs = [[site.name for sites in costs.sites_of_units[start:end] for site in sites] for start, end in bounds]
+    blocks = tuple(tuple(run) for run in runs if run)
+    lengths = [len(block) for block in blocks]
+    assert sum(lengths) == SITES and lengths == sorted(lengths, reverse=True) and lengths[0] > lengths[-1]
+    replayed = step(graph_of("chain"), partial(tag, blocks=blocks))
+    assert replayed.kept == pytest.approx(predicted(costs, blocks), rel=TOLERANCE)
+    assert replayed.is_bitwise(stored_step("chain"))
+    assert peak > replayed.kept
+
+
+def test_what_is_stored_without_replay_is_predicted() -> None:
+    costs = costs_of("chain")
+    kept = sum(unit.kept + unit.saved for unit in costs.units)
+    assert stored_step("chain").kept == pytest.approx(kept, rel=TOLERANCE)
+
+
+def test_two_trunks_keep_what_is_predicted() -> None:
+    """T5: the decoder attends to the encoder's readout, which is kept, and replayed from nothing."""
+    made = graph_of("t5")
+    blocks = equal_blocks(made.graph, 3)
+    assert [len(block) for block in blocks] == [3, 1, 3, 3]
+    replayed = step(made, partial(tag, blocks=blocks))
+    assert replayed.kept == pytest.approx(predicted(costs_of("t5"), blocks), rel=TOLERANCE)
+    assert replayed.is_bitwise(stored_step("t5"))
+    assert heavy(replayed.backward) == heavy(stored_step("t5").backward)
+
+
+def test_a_site_in_no_block_is_stored() -> None:
+    made = graph_of("chain")
+    every = equal_blocks(made.graph, 4)
+    some, all_of_them = (step(made, partial(tag, blocks=blocks)) for blocks in (every[:2], every))
+    assert all_of_them.kept < some.kept < stored_step("chain").kept
+    assert some.is_bitwise(stored_step("chain"))
+
+
+def test_tags_go_with_the_sites_to_level_2() -> None:
+    """Blocks end where `fuse` may not join two sites; what is kept is what level 1 keeps."""
+    made = graph_of("t5")
+    blocks = equal_blocks(made.graph, 3)
+    stored, replayed = step(made, lower, fuse), step(made, partial(tag, blocks=blocks), lower, fuse)
+    assert replayed.kept == pytest.approx(predicted(costs_of("t5"), blocks), rel=TOLERANCE)
+    assert replayed.is_bitwise(stored)
+    assert heavy(replayed.backward) == heavy(stored.backward)
+    assert sum(count for op, count in replayed.backward.items() if "mhc.merge_read." in op) > 0
+
+
+# ---------------------------------------------------------------------------------------------- whole models
+
+
+def converted(recompute: Any, how: str, sites: int = 4) -> tuple[nn.Module, dict[str, Any]]:
+    """A converted chain with random mHC weights, and its inputs."""
+    torch._dynamo.reset()
+    model, inputs = chain(sites)
+    mhc_compile(model, 4, backend=how, example_inputs=inputs, recompute=recompute)
+    randomize(model)
+    return model, inputs
+
+
+def trained(model: nn.Module, inputs: dict[str, Any], around: AbstractContextManager[Any]) -> tuple[int, Tensor]:
+    """Bytes that a call keeps, and all gradients."""
+    torch.manual_seed(7)
+    given = [*model.parameters(), *model.buffers(), *inputs.values()]
+    with around:
+        kept, output = bytes_kept(lambda: model(**inputs), given)
+    model.zero_grad()
+    loss_of(float_outputs(output)).backward()
+    found = [one.grad.flatten() for one in model.parameters() if one.grad is not None]
+    return kept, torch.cat(found)
+
+
+@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_converted_model_replays_for_every_batch_size(autocast: bool) -> None:
+    """With dropout, under autocast, and in the second round with symbolic sizes."""
+    results = []
+    for length in (None, 2):
+        model, inputs = converted(length, "aot_eager", sites=2)
+        for batch in (2, 3):
+            ids = inputs["input_ids"][:1].repeat(batch, 1)
+            around = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
+            results.append(trained(model, {**inputs, "input_ids": ids}, around))
+    stored, replayed = results[:2], results[2:]
+    for (before, expected), (after, actual) in zip(stored, replayed, strict=True):
+        assert torch.equal(expected, actual)
+        assert after < 0.9 * before
+
+
+@pytest.mark.slow
+def test_inductor_replays_and_takes_no_plan_from_its_cache() -> None:
+    with torch._inductor.config.patch(fallback_random=True):
+        kept, gradients = zip(
+            *(trained(*converted(length, "inductor", sites=2), nullcontext()) for length in (None, 2, 1)),
+            strict=True,
+        )
+    state = 4 * WIDTH * 2 * LENGTH * 4
+    assert kept[2] - kept[1] == state  # one block more
+    assert kept[1] < kept[0] - state
+    for other in gradients[1:]:
+        assert float((gradients[0] - other).abs().max()) < 1e-5 * float(gradients[0].abs().max())
+
+
+@pytest.mark.parametrize("choice", ["auto", "plan"])
+def test_a_converted_model_is_told_to_replay(choice: str) -> None:
+    model, inputs = converted(None, "aot_eager")
+    stored, expected = trained(model, inputs, nullcontext())
+    assert recompute(model, partition(model, inputs) if choice == "plan" else choice) is model
+    replayed, actual = trained(model, inputs, nullcontext())
+    assert replayed < 0.9 * stored and torch.equal(actual, expected)
+    assert [record.name for record in history(model)][-3:] == ["recompute", "lower", "fuse"]
+    recompute(model, None)
+    assert trained(model, inputs, nullcontext())[0] == stored
+
+
+def test_copies_of_a_model_replay_as_it_does() -> None:
+    model, inputs = converted(2, "aot_eager", sites=2)
+    kept, expected = trained(model, inputs, nullcontext())
+    again, actual = trained(copy.deepcopy(model), inputs, nullcontext())
+    assert again == kept and torch.equal(actual, expected)
+    assert kept < 0.9 * trained(*converted(None, "aot_eager", sites=2), nullcontext())[0]
+
+
+@pytest.mark.parametrize("choice", [0, -1, True, 1.5, "all", [1], object()])
+def test_other_choices_are_refused(choice: Any) -> None:
+    model, inputs = zoo_model("llama")
+    with pytest.raises(ConfigError, match=r"recompute is .*legal: None, 'auto', sites a block"):
+        mhc_compile(model, 4, backend="aot_eager", example_inputs=inputs, recompute=choice)
+    assert not hasattr(model, "mhc")
+    with pytest.raises(ConfigError, match="recompute is "):
+        recompute(model, choice)
+    with pytest.raises(RewriteError, match="not converted"):
+        recompute(model, "auto")
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_plan_of_another_model_is_refused() -> None:
+    graph = copy_graph(graph_of("chain").graph)
+    message = r"recompute plan is one of other sites \(a, b\); legal: a plan of this model"
+    with pytest.raises(RewriteError, match=message):
+        tag(graph, (("a", "b"),))
+    assert not any("recompute" in node.meta for node in graph.graph.nodes)
+    assert not tag(graph, ()).modified
+
+
+def test_fingerprints_tell_blocks_apart() -> None:
+    blocks = [(("a", "b"),), (("a",), ("b",)), (("ab",),), ()]
+    assert len(set(map(fingerprint, blocks))) == len(blocks)
+    assert fingerprint(blocks[1]) == fingerprint([["a"], ["b"]])
