@@ -16,7 +16,8 @@ from mhc_compile.explain import explain
 from mhc_compile.hyper_connection import HyperConnection
 from mhc_compile.monitor import composite_gains, gain, observe
 from mhc_compile.owning_backend import Backend
-from mhc_compile.partition import Plan, partition
+from mhc_compile.partition import cost_model, partition
+from mhc_compile.plan import Plan
 from mhc_compile.trace import trace
 from mhc_compile.verify import verify
 
@@ -34,6 +35,7 @@ __all__ = [
     "RewriteError",
     "ShapeError",
     "composite_gains",
+    "cost_model",
     "explain",
     "gain",
     "history",

@@ -48,8 +48,8 @@ def partition(
         `dualpipev`, as torch.distributed.pipelining runs them. devices: 2 stages a device for `interleaved`, `zbv` and
         `dualpipev`, 1 for the others, unless given.
     memory: what a device may take, in bytes or as "80 GB": activations, and `weight_copies` times its weights (4: the
-        weights, their gradients and Adam's two states). Stages then replay only where storing does not fit. Without a
-        limit every stage replays, in the blocks that take least.
+        weights, their gradients and Adam's two states; frozen ones count once). Stages then replay only where storing
+        does not fit. Without a limit every stage replays, in the blocks that take least.
     measure: run the graph on `inputs` and take measured times; else they are estimated for `device` (an H200).
     compiled: branches keep what torch's partitioner keeps, and not all that autograd does; finding out takes a trace of
         the backward. By default as the model's backend does: False for "eager".
@@ -146,8 +146,7 @@ def _search(
     costs: CostModel, schedule: Schedule, limit: float | None, copies: float
 ) -> tuple[list[FoundStage], list[int]]:
     """The best stages, and the bytes of each one's weights; PartitionError when none fit the limit."""
-    fixed = [int(copies * weight) for weight in costs.weights]
-    tied = [(before, unit, int(copies * weight)) for before, unit, weight in costs.tied]
+    fixed, tied = costs.weights(copies)
     search = Search(costs.units, loads(schedule), limit, fixed, tied)
     if schedule.devices == schedule.stages:
         found = search.run()

@@ -244,28 +244,23 @@ class CostModel:
             return False
         return node in self.run.trained and any(parameter_behind(source) for source in node.all_input_nodes)
 
-    @cached_property
-    def weights(self) -> list[int]:
-        """Bytes of the parameters and buffers that each unit is the first to read."""
-        seen: set[fx.Node] = set()
-        found = []
-        for numbers in self.ranges:
-            here = self.weights_read(numbers) - seen
-            seen |= here
-            found.append(sum(map(bytes_of, here)))
-        return found
+    def weights(self, copies: float) -> tuple[list[int], list[tuple[int, int, int]]]:
+        """Bytes of the parameters and buffers that each unit is the first to read, and those of later readers.
 
-    @cached_property
-    def tied(self) -> list[tuple[int, int, int]]:
-        """Units that read a weight again: an earlier reader, this one, and the bytes."""
+        copies: how often trained ones count (gradients, optimizer states); the others count once, or less. A later
+        reader is given as (unit that reads it before, unit, bytes).
+        """
         last: dict[fx.Node, int] = {}
-        found = []
+        first, again = [0] * len(self.ranges), []
         for unit, numbers in enumerate(self.ranges):
             for node in self.weights_read(numbers):
+                size = int(bytes_of(node) * (copies if node in self.run.trained else min(copies, 1)))
                 if node in last:
-                    found.append((last[node], unit, bytes_of(node)))
+                    again.append((last[node], unit, size))
+                else:
+                    first[unit] += size
                 last[node] = unit
-        return found
+        return first, again
 
     def weights_read(self, numbers: Iterable[int]) -> set[fx.Node]:
         """The parameters that nodes of these numbers read."""
