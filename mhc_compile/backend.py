@@ -59,23 +59,11 @@ class ConvertingBackend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Dynamo's backend interface."""
-        graph = normalized(gm, self.history)
-        blocks: Blocks = ()
-        records = self.rewrite(graph)
-        if self.record.config.n > 1 and self.recompute is not None and torch.is_grad_enabled():
-            blocks = self.recompute.blocks(graph, example_inputs)
-            records += run_passes(graph, [Pass("recompute", True, partial(tag, blocks=blocks))])
-        backend = self.record.config.backend
-        replays = bool(blocks) and backend == "eager"
-        if self.record.config.n > 1 and (self.level == 2 or replays):
-            # What replays without a compiler does so op by op: a merge is not made again for the sake of a read.
-            records += run_passes(graph, level_2(backend)[: 1 if replays else None])
-        self.history.extend(records)
-        if replays:
-            return replaying(graph)
-        told_apart = fingerprint() + blocks_fingerprint(blocks)  # the caches' keys do not see tags
-        compiled: Callable[..., Any] = _torch.compile_graph(backend, graph, example_inputs, told_apart)
-        return compiled
+        graph, config = normalized(gm, self.history), self.record.config
+        self.history.extend(self.rewrite(graph))
+        if config.n == 1:
+            return _torch.compile_graph(config.backend, graph, example_inputs, fingerprint())
+        return compile_rewritten(graph, example_inputs, config.backend, self.history, self.recompute, self.level)
 
     def rewrite(self, graph: fx.GraphModule) -> list[PassRecord]:
         """Widen the trunks of a normalised graph, in place, with the parameters its anchor lists; level-1 ops."""
@@ -101,6 +89,29 @@ class ConvertingBackend:
             return nodes[f"{site.name}.phi"], nodes[f"{site.name}.alpha"], nodes[f"{site.name}.bias"]
 
         return [*analysis.records, *rewrite(analysis, self.record.config, parameters_of)]
+
+
+def compile_rewritten(
+    graph: fx.GraphModule,
+    example_inputs: list[Any],
+    backend: str,
+    history: list[PassRecord],
+    recompute: Recompute | None,
+    level: int = 2,
+) -> Callable[..., Any]:
+    """Compile a graph of level-1 ops, which are first tagged for recomputation and brought to `level`."""
+    blocks: Blocks = ()
+    if recompute is not None and torch.is_grad_enabled():
+        blocks = recompute.blocks(graph, example_inputs)
+        history += run_passes(graph, [Pass("recompute", True, partial(tag, blocks=blocks))])
+    replays = bool(blocks) and backend == "eager"
+    if level == 2 or replays:
+        # What replays without a compiler does so op by op: a merge is not made again for the sake of a read.
+        history += run_passes(graph, level_2(backend)[: 1 if replays else None])
+    if replays:
+        return replaying(graph)
+    told_apart = fingerprint() + blocks_fingerprint(blocks)  # the caches' keys do not see tags
+    return _torch.compile_graph(backend, graph, example_inputs, told_apart)
 
 
 def normalized(gm: fx.GraphModule, history: list[PassRecord]) -> fx.GraphModule:

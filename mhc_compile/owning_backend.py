@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from mhc_compile import _torch
-from mhc_compile.backend import ANCHOR, level_2, normalized, recorded_analysis
+from mhc_compile.backend import ANCHOR, compile_rewritten, normalized, recorded_analysis
 from mhc_compile.config import MHCConfig
 from mhc_compile.conversion import TREE, SiteTree, plant
 from mhc_compile.convert import as_config, recorded, refuse_unfit
@@ -17,7 +17,8 @@ from mhc_compile.errors import ConfigError, MHCError, RewriteError, wrong
 from mhc_compile.kernels.devices import fingerprint
 from mhc_compile.passes.bind import bind_parameters
 from mhc_compile.passes.emit import copy_graph
-from mhc_compile.passes.history import PassRecord, run_passes
+from mhc_compile.passes.history import PassRecord
+from mhc_compile.passes.recompute_choice import Recompute
 from mhc_compile.passes.rewrite import analyze, rewrite
 from mhc_compile.record import KEY, Record
 from mhc_compile.site_choice import Choice
@@ -43,7 +44,7 @@ class Backend:
     raises. Prefer `mhc_compile(model)` where the model may be changed: a call that goes around the compiled function
     runs the plain model, and DDP does not see the parameters.
 
-    n, config, only, skip, options: as for `mhc_compile`. Raises ConfigError for an illegal one.
+    n, config, only, skip, recompute, options: as for `mhc_compile`. Raises ConfigError for an illegal one.
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class Backend:
         config: MHCConfig | None = None,
         only: Choice | None = None,
         skip: Choice | None = None,
+        recompute: Any = None,
         **options: Any,
     ) -> None:
-        self.config = as_config(n, config, options)
+        self.config, self._recompute = as_config(n, config, options), Recompute.of(recompute)
         self.history: list[PassRecord] = []
         self._only, self._skip = only, skip
         self._record: Record | None = None
@@ -147,14 +149,10 @@ class Backend:
             return plain
         analysis = recorded_analysis(graph, record)
         look_up, names = bind_parameters(graph, analysis.sites, record.config.n)
-        history += [
-            *analysis.records,
-            *rewrite(analysis, record.config, look_up),
-            *run_passes(graph, level_2(record.config.backend)),
-        ]
+        history += [*analysis.records, *rewrite(analysis, record.config, look_up)]
         added = [tree.get_parameter(name) for name in names]
         fake = _torch.as_fake(example_inputs, added)
-        compiled = _torch.compile_graph(record.config.backend, graph, [*example_inputs, *fake], fingerprint())
+        compiled = compile_rewritten(graph, [*example_inputs, *fake], record.config.backend, history, self._recompute)
         trained = [parameter.requires_grad for parameter in added]
 
         place, own = _first_parameter(example_inputs)

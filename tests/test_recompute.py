@@ -15,8 +15,8 @@ import torch
 from functorch.compile import aot_module_simplified, make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, fx, nn
 
-from graphs import float_outputs, loss_of, randomize, zoo_model
-from mhc_compile import ConfigError, RewriteError, history, mhc_compile
+from graphs import float_outputs, loss_of, randomize, randomize_parameters, zoo_model
+from mhc_compile import Backend, ConfigError, RewriteError, history, mhc_compile
 from mhc_compile.convert import recompute
 from mhc_compile.partition import partition
 from mhc_compile.passes.cost import CostModel
@@ -303,3 +303,26 @@ def test_fingerprints_tell_blocks_apart() -> None:
     blocks = [(("a", "b"),), (("a",), ("b",)), (("ab",),), ()]
     assert len(set(map(fingerprint, blocks))) == len(blocks)
     assert fingerprint(blocks[1]) == fingerprint([["a"], ["b"]])
+
+
+def test_a_backend_that_owns_its_parameters_replays() -> None:
+    """`Backend(recompute=)`: less is kept, and the gradients are the same bits."""
+    found = []
+    for choice in (None, 2):
+        torch._dynamo.reset()
+        model, inputs = chain(4)
+        owner = Backend(4, backend="aot_eager", recompute=choice)
+        fast = torch.compile(model, backend=owner, fullgraph=True)
+        torch.manual_seed(7)
+        fast(**inputs)
+        randomize_parameters(owner.parameters())
+        torch.manual_seed(7)
+        kept, output = bytes_kept(lambda call=fast, given=inputs: call(**given), list(model.parameters()))
+        leaves = [*model.parameters(), *owner.parameters()]
+        gradients = torch.autograd.grad(loss_of(float_outputs(output)), leaves, allow_unused=True)
+        found.append((kept, [one for one in gradients if one is not None]))
+    (stored, expected), (replayed, actual) = found
+    assert replayed < 0.9 * stored
+    assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
+    with pytest.raises(ConfigError, match="recompute is 0; legal: None, 'auto'"):
+        Backend(4, recompute=0)
