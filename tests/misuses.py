@@ -32,6 +32,8 @@ from mhc_compile import (
     ExportError,
     HyperConnection,
     MHCConfig,
+    PartitionError,
+    Plan,
     RewriteError,
     ShapeError,
     composite_gains,
@@ -42,6 +44,8 @@ from mhc_compile import (
     mhc_compile,
     observe,
     param_groups,
+    partition,
+    recompute,
     restore,
     trace,
     verify,
@@ -273,6 +277,16 @@ def boolean_eps(_: Path) -> Situation:
 @misuse(OPTIONS, ConfigError, "tie_shared is 'yes'", "True or False", "the default is False")
 def tie_shared_of_a_wrong_type(_: Path) -> Situation:
     return converting(tie_shared="yes")
+
+
+@misuse(OPTIONS, ConfigError, "implicit_gradient is 1", "True or False", "the default is False")
+def implicit_gradient_of_a_wrong_type(_: Path) -> Situation:
+    return converting(implicit_gradient=1)
+
+
+@misuse(OPTIONS, ConfigError, "recompute is 'all'", "None, 'auto', sites a block", "'auto' takes the least memory")
+def unknown_recompute(_: Path) -> Situation:
+    return converting(recompute="all")
 
 
 @misuse(OPTIONS, ConfigError, "config is given beside other options", "config alone", "dataclasses.replace")
@@ -1168,6 +1182,65 @@ def the_gain_of_one_matrix_that_is_not_square(_: Path) -> Situation:
 @misuse(TOOLS, ShapeError, "the mixing matrices is [3, 4, 4]", "[3, 2, 2], that of the sites before", "of one trunk")
 def composite_gains_over_two_trunks(_: Path) -> Situation:
     return Situation(lambda: composite_gains([torch.ones(3, 2, 2), torch.ones(3, 4, 4)]))
+
+
+# ---------------------------------------------------------------------------------------------- memory and stages
+
+STAGES = "Memory and pipeline stages"
+
+
+def planning(**options: Any) -> Situation:
+    return using(called(), lambda model: partition(model, X, **options))
+
+
+@misuse(STAGES, RewriteError, "Net is not converted", "a converted model", CONVERT_FIRST)
+def partition_of_a_plain_model(_: Path) -> Situation:
+    return not_converted(lambda model: partition(model, X))
+
+
+@misuse(STAGES, RewriteError, "Net is not converted", "a converted model", CONVERT_FIRST)
+def recompute_of_a_plain_model(_: Path) -> Situation:
+    return not_converted(lambda model: recompute(model, "auto"))
+
+
+@misuse(STAGES, ConfigError, "recompute is 0", "sites a block (an integer >= 1)", "'auto' takes the least memory")
+def blocks_of_no_site(_: Path) -> Situation:
+    return using(called(), lambda model: recompute(model, 0))
+
+
+@misuse(STAGES, ConfigError, "stages is 0", "an integer >= 1", "pass stages=4, say")
+def no_stages(_: Path) -> Situation:
+    return planning(stages=0)
+
+
+@misuse(STAGES, ConfigError, "microbatches is 2.5", "an integer >= 1", "pass microbatches=4, say")
+def half_a_microbatch(_: Path) -> Situation:
+    return planning(microbatches=2.5)
+
+
+@misuse(STAGES, PartitionError, "stages is 99", "1 to 2: Net has 1 legal cut", "pass stages=2 or fewer")
+def more_stages_than_cuts(_: Path) -> Situation:
+    return planning(stages=99, microbatches=99)
+
+
+@misuse(STAGES, ConfigError, "schedule is 'dualpipe'", "'zbv', 'dualpipev'", "'1f1b' keeps little and is simple")
+def unknown_schedule(_: Path) -> Situation:
+    return planning(schedule="dualpipe")
+
+
+@misuse(STAGES, ConfigError, "memory is 'plenty'", "a number of bytes > 0", "leave it out for the least")
+def memory_that_is_no_size(_: Path) -> Situation:
+    return planning(memory="plenty")
+
+
+@misuse(STAGES, PartitionError, "memory is 0.977 KiB", "at least 9.62 KiB", "pass memory=9856")
+def memory_that_nothing_fits(_: Path) -> Situation:
+    return planning(memory=1000)
+
+
+@misuse(STAGES, ConfigError, "the version of the plan is 99", "1 to 1", "make the plan again")
+def a_plan_of_a_later_version(_: Path) -> Situation:
+    return Situation(lambda: Plan.from_dict({"version": 99}))
 
 
 # ---------------------------------------------------------------------------------------------- Backend
