@@ -40,7 +40,7 @@ def run(name: str, **size: Any) -> dict[str, Any]:
 
 
 def test_every_example_is_tested() -> None:
-    tested = {"llama", "vit_digits", "own_module", "upcycle", "deepseek_v4", "pipeline"}
+    tested = {"llama", "vit_digits", "own_module", "upcycle", "deepseek_v4", "memory", "pipeline"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -61,6 +61,15 @@ def test_deepseek_v4(capsys: pytest.CaptureFixture[str]) -> None:
     before, after = map(int, re.findall(r"(\d+) ops in the graph become (\d+)", printed)[0])
     assert after < before - 250  # two Sinkhorn chains of 20 iterations
     assert found["mhc: logits"] < 1e-5 and found["mhc: gradients"] < 5e-5
+
+
+def test_memory(tmp_path: Path) -> None:
+    found = run("memory", layers=2, picture=tmp_path / "memory.png")
+    assert list(found["measured"]) == [1, 2, 3, 4]
+    for length, measured in found["measured"].items():
+        assert measured == pytest.approx(found["predicted"][length], rel=0.02)
+        assert measured < found["stored"]
+    assert (tmp_path / "memory.png").stat().st_size > 10_000
 
 
 def test_vit_digits() -> None:

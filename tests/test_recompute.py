@@ -130,9 +130,7 @@ def costs_of(name: str) -> CostModel:
 
 def predicted(costs: CostModel, blocks: Blocks) -> int:
     """What the cost model says is kept with these blocks."""
-    first = {block[0] for block in blocks}
-    starts = [place for place, sites in enumerate(costs.sites_of_units) if sites and sites[0].name in first]
-    return sum(unit.kept for unit in costs.units) + sum(costs.units[start].state for start in starts)
+    return costs.kept(blocks)
 
 
 @pytest.mark.parametrize(

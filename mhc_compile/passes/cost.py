@@ -22,7 +22,7 @@ from mhc_compile.passes.dry_run import DryRun, Saved, dry_run, partitioned
 from mhc_compile.passes.emit import copy_graph
 from mhc_compile.passes.op_kinds import CONVOLUTIONS, NORMS, PRODUCTS, REDUCTIONS, aten, is_local, packet
 from mhc_compile.passes.plan_search import Unit
-from mhc_compile.passes.recompute import equal_blocks, tag
+from mhc_compile.passes.recompute import Blocks, equal_blocks, tag
 from mhc_compile.passes.replay import READS, replayed_nodes
 from mhc_compile.passes.stages import Cut, Layout, SiteSpan, bytes_of, tensor_bytes
 
@@ -88,7 +88,7 @@ class CostModel:
         self, gm: fx.GraphModule, arguments: Sequence[Any], *, device: Device | None = None, compiled: bool = False
     ) -> None:
         self.device, self.compiled = device or Device(), compiled
-        self.layout = Layout(gm.graph)
+        self._gm, self.layout = gm, Layout(gm.graph)
         self.run: DryRun = dry_run(gm, arguments)
         self.replayed = replayed_nodes(self.layout.flow)
         self.branch_values = self._branch_values(gm, arguments)
@@ -132,6 +132,13 @@ class CostModel:
         """The sites of each unit."""
         index = self.layout.index
         return [[site for site in self.sites if index[site.read] in numbers] for numbers in self.ranges]
+
+    def kept(self, blocks: int | Blocks) -> int:
+        """Bytes that a call keeps for its backward with these blocks, or blocks of so many sites; weights left out."""
+        blocks = equal_blocks(self._gm, blocks) if isinstance(blocks, int) else blocks
+        first = {block[0] for block in blocks}
+        starts = [place for place, sites in enumerate(self.sites_of_units) if sites and sites[0].name in first]
+        return sum(unit.kept for unit in self.units) + sum(self.units[start].state for start in starts)
 
     @cached_property
     def nodes(self) -> dict[fx.Node, NodeCost]:
