@@ -45,7 +45,8 @@ def expand(
 ) -> None:
     """Rewrite the trunks of `gm` in place; `parameters` gives each site's phi, alpha and bias nodes.
 
-    `implicit`: the gradient of Sinkhorn, as in MHCConfig. `flow` is the dataflow of the graph as the trunks were found in it.
+    `implicit`: the gradient of Sinkhorn, as in MHCConfig. `flow` is the dataflow of the graph as the trunks were found
+    in it.
     """
     dead = {node for node in gm.graph.nodes if not node.users}
     _Widening(

@@ -158,7 +158,8 @@ def _rewrite(emitter: Emitter, site: SiteOps, compiled: bool) -> None:
     made = [read, u, res]
     for merge in site.merges:
         with graph.inserting_before(merge):
-            args = (*merge.args[:2], carrier, post, None if balance is None else res, *_manner(merge), *([True] if compiled else []))
+            mixing, flags = None if balance is None else res, [*_manner(merge), *([True] if compiled else [])]
+            args = (*merge.args[:2], carrier, post, mixing, *flags)
             made.append(emitter.call(mhc.merge_carried.default, *args, like=merge))
         merge.replace_all_uses_with(made[-1])
         graph.erase_node(merge)
