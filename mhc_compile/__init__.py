@@ -17,6 +17,7 @@ from mhc_compile.hyper_connection import HyperConnection
 from mhc_compile.monitor import composite_gains, gain, observe
 from mhc_compile.owning_backend import Backend
 from mhc_compile.partition import cost_model, partition
+from mhc_compile.pipeline import pipeline_schedule, pipeline_stages, stage_modules
 from mhc_compile.plan import Plan
 from mhc_compile.trace import trace
 from mhc_compile.verify import verify
@@ -44,8 +45,11 @@ __all__ = [
     "observe",
     "param_groups",
     "partition",
+    "pipeline_schedule",
+    "pipeline_stages",
     "recompute",
     "restore",
+    "stage_modules",
     "trace",
     "verify",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from mhc_compile.errors import ConfigError, wrong
 from mhc_compile.passes.plan_search import Unit
@@ -243,6 +244,12 @@ class Plan:
         except ValueError as error:
             raise ConfigError(wrong(f"the plan {path}", f"no JSON ({error})", "a file of Plan.save", _RETRY)) from error
         return cls.from_dict(found)
+
+    def pipeline_stages(self, model: nn.Module, inputs: Any = None, **options: Any) -> list[Any]:
+        """The stages of this process, for torch's schedules: see `mhc_compile.pipeline_stages`."""
+        from mhc_compile.pipeline import pipeline_stages  # it reads plans
+
+        return pipeline_stages(self, model, inputs, **options)
 
     def draw(self, path: str | Path) -> None:
         """Write a picture: sites, blocks and stages above, the memory of each stage over a step below.
