@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from mhc_compile.backend import recorded_analysis
+from mhc_compile.codegen.stage_module import leaves
 from mhc_compile.conversion import STATE, TREE, conversion, plain_forward
 from mhc_compile.errors import CaptureError, ShapeError, wrong
 from mhc_compile.example_inputs import as_call, derive
@@ -56,8 +58,17 @@ class TracedModel(nn.Module):
     It shares them with the model. `torch.export.export` takes it.
     """
 
-    def __init__(self, graph: fx.GraphModule, arguments: tuple[Any, ...], out_spec: pytree.TreeSpec) -> None:
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        arguments: tuple[Any, ...],
+        out_spec: pytree.TreeSpec,
+        names: tuple[str, ...],
+        call: tuple[tuple[Any, ...], dict[str, Any]],
+    ) -> None:
+        """names: of the positional parameters of the model's forward; call: args and kwargs, as traced."""
         super().__init__()
+        self._names, self._paths = names, list(leaves(names, *call))
         self.graph_module = graph
         self._out_spec = out_spec
         self._slots: list[str | None] = []  # the attribute behind each graph input; None for a user input
@@ -76,8 +87,12 @@ class TracedModel(nn.Module):
             self._slots.append(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward, after the rewrite; arguments as in the traced call."""
-        given = pytree.tree_leaves((args, kwargs))
+        """The model's forward, after the rewrite; arguments as in the traced call, in whatever order they are named."""
+        named = leaves(self._names, args, kwargs)
+        if len(named) == len(self._paths) and named.keys() != set(self._paths):
+            legal = f"{', '.join(self._paths)}, as traced"
+            raise ShapeError(wrong("the inputs", ", ".join(named), legal, "trace with these inputs"))
+        given = [named[path] for path in self._paths] if len(named) == len(self._paths) else list(named.values())
         _check_inputs(self._inputs, given)
         values = iter(given)
         flat = [next(values) if slot is None else getattr(self, slot) for slot in self._slots]
@@ -125,4 +140,7 @@ def trace(model: nn.Module, inputs: Any = None, *, dynamic_shapes: Any = None) -
     if out_spec is None:
         raise CaptureError(f"torch.export gives no output structure for {state.original.__name__}")
     result = _rewrite(model, captured)
-    return TracedModel(result.graph, result.arguments, out_spec)
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(plain.forward).parameters.values()
+    names = tuple(parameter.name for parameter in parameters if parameter.kind in positional)
+    return TracedModel(result.graph, result.arguments, out_spec, names, (tuple(args), dict(kwargs)))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphs import float_outputs, is_float, randomize, small_model, zoo_model
-from mhc_compile import ExportError, RewriteError, mhc_compile
+from mhc_compile import ExportError, RewriteError, ShapeError, mhc_compile, trace
 
 pytestmark = [
     # torch announces the end of TorchScript at every use
@@ -315,3 +315,19 @@ def test_forward_and_hooks_run_once_a_call() -> None:
     assert seen == ["hook"]
     converted.check(converted.model.forward(**converted.inputs))
     assert seen == ["hook"]
+
+
+def test_a_traced_model_takes_its_inputs_by_name() -> None:
+    """Whatever their order: once, the order in which they were named decided which was which, in silence."""
+    model, inputs = zoo_model("llama")
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[0, :3] = 0
+    given = {"input_ids": inputs["input_ids"], "use_cache": False, "attention_mask": mask}
+    mhc_compile(model.eval(), n=2, backend="eager", example_inputs=given)
+    randomize(model)
+    traced = trace(model, given)
+    right = float_outputs(traced(**given))[0]
+    assert torch.equal(float_outputs(traced(**dict(reversed(given.items()))))[0], right)
+    assert torch.equal(float_outputs(traced(given["input_ids"], attention_mask=mask, use_cache=False))[0], right)
+    with pytest.raises(ShapeError, match="the inputs is input_ids, use_cache, position_ids; legal: input_ids"):
+        traced(input_ids=given["input_ids"], use_cache=False, position_ids=mask)
