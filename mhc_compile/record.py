@@ -20,6 +20,7 @@ from mhc_compile.errors import ConfigError, wrong
 
 VERSION = 1
 KEY = "mhc._extra_state"
+_LATER = ("implicit_gradient",)  # options that the first records did not have
 _FUNCTION = ("n", "iterations", "eps", "tie_shared")  # the options that decide what the weights compute
 _WHOLE = "save and load the whole state_dict, without changing that entry"
 _RETRY = "save the model again with this version, or load it with the version that wrote it"
@@ -59,11 +60,16 @@ class Record:
         """Plain values, for JSON."""
         return {
             "version": VERSION,
-            "config": asdict(self.config),
+            "config": self._saved_config(),
             "sites": [asdict(site) for site in self.sites],
             "plain": sorted(self.plain),
             "no_grad": sorted(map(list, self.no_grad)),
         }
+
+    def _saved_config(self) -> dict[str, Any]:
+        """Without the options that came later and are not used, so that earlier releases read the record too."""
+        unused = {name for name in _LATER if getattr(self.config, name) == getattr(MHCConfig(), name)}
+        return {name: value for name, value in asdict(self.config).items() if name not in unused}
 
     @classmethod
     def from_dict(cls, found: Any) -> Record:

@@ -40,6 +40,15 @@ CPU = torch.device("cpu")
 # --- traffic ----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def _same_precision() -> Iterator[None]:
+    """A measurement sets the precision of products, for the whole process."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+
 @pytest.mark.parametrize("features", [1280, 2560, 4096, 7168])
 def test_what_a_site_moves(features: int) -> None:
     """Units of C elements a token, and what is beside them: coefficients, phi, shares of sums."""

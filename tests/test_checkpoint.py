@@ -192,6 +192,15 @@ def test_the_record_is_in_the_state_and_readable() -> None:
     assert {f"mhc.{site.name}.phi" for site in record.sites} <= state.keys()
 
 
+def test_an_option_that_came_later_is_saved_where_it_is_used() -> None:
+    sites = (SiteRecord("a.b", 8, 1, 0, "model.py:3: x = x + y"),)
+    for used in (False, True):
+        record = Record(MHCConfig(n=2, implicit_gradient=used), sites)
+        saved = record.as_dict()
+        assert ("implicit_gradient" in saved["config"]) == used
+        assert Record.from_dict(saved) == record
+
+
 def test_the_checkpoint_format_of_version_1() -> None:
     """What files written today hold: a change here needs a new version and a way to read this one."""
     record = Record(
