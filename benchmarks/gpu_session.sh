@@ -85,7 +85,7 @@ run_tests() {
     local workers=()
     python3 -c 'import xdist' 2>/dev/null && workers=(-p xdist -n 10)
     PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 within 170 python3 -m pytest -m gpu -q --tb=short -W default \
-        -p no:cacheprovider "${workers[@]}" tests/test_kernels_*.py >"$OUT/pytest.log" 2>&1
+        -p no:cacheprovider "${workers[@]}" tests/test_kernels_*.py tests/test_gpu.py >"$OUT/pytest.log" 2>&1
     say "tests (exit code $?): $(tail -1 "$OUT/pytest.log")"
 }
 

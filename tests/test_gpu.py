@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("transformers")
+
 from graphs import float_outputs, zoo_model
 from mhc_compile import mhc_compile
 
