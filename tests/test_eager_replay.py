@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from graphs import float_outputs, randomize, zoo_model
 from mhc_compile import history, mhc_compile
@@ -136,3 +137,17 @@ def test_an_option_of_a_conversion() -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     for a, b in zip(found[1], found[2], strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("policy", [CheckpointPolicy.PREFER_RECOMPUTE, CheckpointPolicy.MUST_RECOMPUTE])
+def test_tags_of_an_activation_checkpoint_are_not_ours(policy: CheckpointPolicy) -> None:
+    """Dropout that was tagged would be drawn again, and the gradients be of another mask."""
+    torch.manual_seed(0)
+    model, inputs = zoo_model("gpt2")
+    one = pair(model.train(), (), inputs)
+    graph = copy_graph(one.level_1)
+    for node in graph.graph.nodes:
+        if node.op == "call_function":
+            node.meta["recompute"] = policy
+    lower(graph)
+    assert_same_bits(gradients(replaying(graph), one), gradients(graph, one))

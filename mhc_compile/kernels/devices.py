@@ -42,7 +42,7 @@ def _has_triton() -> bool:
     found = find_spec("triton") is not None
     if not found:
         warnings.warn(
-            "triton is not installed: the mHC ops run in plain torch on the GPU, several times slower. "
+            "triton is not installed: the mHC ops run in plain torch on the GPU, without fused kernels. "
             "Next: pip install triton",
             stacklevel=3,
         )

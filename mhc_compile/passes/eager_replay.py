@@ -23,6 +23,9 @@ from torch import Tensor, fx
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointPolicy
 
+from mhc_compile.passes.dataflow import Dataflow
+from mhc_compile.passes.replay import replayed_nodes
+
 mhc = torch.ops.mhc
 
 
@@ -46,8 +49,10 @@ class _Program:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
         self.replayed: set[fx.Node] = set()
+        # An activation checkpoint of the model tags the ops of branches too, dropout among them: not ours to replay.
+        ours = replayed_nodes(Dataflow(gm.graph))
         for node in gm.graph.nodes:
-            if node.meta.get("recompute") == CheckpointPolicy.MUST_RECOMPUTE and self._can(node):
+            if node in ours and node.meta.get("recompute") == CheckpointPolicy.MUST_RECOMPUTE and self._can(node):
                 self.replayed.add(node)
         self.roots = {source for node in self.replayed for source in _sources(node) if source not in self.replayed}
 
