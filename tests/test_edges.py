@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -216,4 +217,8 @@ def test_ddp_with_tiny_buckets_gives_the_mhc_output(tmp_path: Path) -> None:
         output.sum().backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
     finally:
+        # Before the group: the last owner of the group waits for its threads, and DDP's reducer, were it the last,
+        # would do so without letting go of the interpreter's lock, which those threads may want.
+        wrapped = output = None
+        gc.collect()
         dist.destroy_process_group()
