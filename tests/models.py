@@ -829,6 +829,21 @@ class SqueezeExcite(nn.Module):
         return x + h * weight[:, :, None, None]
 
 
+class SharedGate(nn.Module):
+    """One gate, computed from the first state, on every branch: it looks like a state that the branches skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(C, C)
+        self.layers = nn.ModuleList(nn.Linear(C, C) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = torch.tanh(self.gate(x))
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x)) * gate
+        return x
+
+
 class Decoys(nn.Module):
     """Adds of every kind that is no merge, outside of any branch."""
 
@@ -1655,6 +1670,7 @@ MODULES: list[Entry] = [
         1,
         "channels first, one merge a block",
     ),
+    Entry("shared_gate", seeded(SharedGate), x_inputs, 4, 1, "a gate on every branch is no skip"),
     Entry(
         "decoys",
         seeded(Decoys),

@@ -96,7 +96,17 @@ def _choose(tree: AddTree, flow: Dataflow, readings: _Readings, refused: list[Re
     if not open_ones:
         refused.append(Refusal(tree.root, reason))
         return None
-    return min(open_ones, key=lambda merge: (-len(merge.branches), flow.index[merge.base]))
+    return min(open_ones, key=lambda merge: _rank(merge, flow))
+
+
+def _rank(merge: Merge, flow: Dataflow) -> tuple[bool, int, int]:
+    """The reading with the least rank is taken.
+
+    In `x + F(x) * gate`, with a gate that x itself is computed from, `F(x) * gate` could be the skip and x its branch;
+    but that skip is computed from its branch, and x is not.
+    """
+    backwards = any(flow.depends(merge.skip, branch) for branch in merge.branches)
+    return backwards, -len(merge.branches), flow.index[merge.base]
 
 
 def _unusable(merge: Merge, flow: Dataflow) -> str | None:
