@@ -359,6 +359,13 @@ def test_bad_arguments_are_refused_in_words(options: dict[str, Any], message: st
     known = model_of("llama")
     with pytest.raises(ConfigError, match=message + "(?s:.*)Next: "):
         partition(known.model, known.inputs, **options)
+
+
+def test_a_refusal_leaves_the_model_as_it_was() -> None:
+    known = model_of("llama")
+    for options in (dict(schedule="2f2b"), dict(stages=9, microbatches=9), dict(memory=1)):
+        with pytest.raises((ConfigError, PartitionError)):
+            partition(known.model, known.inputs, **options)
     known.check(known.model)
 
 
