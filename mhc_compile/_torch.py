@@ -312,3 +312,13 @@ def record_opaque(
 def size_hint(size: int | torch.SymInt) -> int:
     """The size seen when the graph was captured, for a symbolic size too; installs no guard."""
     return size if isinstance(size, int) else int(size.node.hint)
+
+
+def expression_of(size: torch.SymInt) -> Any:
+    """The sympy expression of a symbolic size; installs no guard."""
+    return size.node.expr
+
+
+def number_seen(value: torch.SymFloat) -> float:
+    """The number that a symbolic float had when the graph was captured; installs no guard."""
+    return float(value.node.hint)

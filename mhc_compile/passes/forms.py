@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from mhc_compile import _torch
+
 MAX_TERMS = 64
 
 
@@ -112,7 +114,7 @@ def extent(size: int | torch.SymInt) -> Any:
     """A size that can be compared and divided without a guard: an int, or the expression of a symbolic size."""
     if isinstance(size, int):
         return size
-    expression = size.node.expr
+    expression = _torch.expression_of(size)
     return int(expression) if expression.is_Integer else expression
 
 

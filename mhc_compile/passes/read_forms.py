@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from mhc_compile import _torch
 from mhc_compile.passes.forms import (
     Axis,
     Factor,
@@ -559,7 +560,7 @@ def _both_tensors(left: Any, right: Any) -> bool:
 def literal(value: Any) -> Any:
     """A literal, or the number that a symbolic float had when the graph was captured."""
     held = value.meta.get("val") if isinstance(value, fx.Node) else None
-    return held.node.hint if isinstance(held, torch.SymFloat) else value
+    return _torch.number_seen(held) if isinstance(held, torch.SymFloat) else value
 
 
 def _number(value: Any) -> float:
