@@ -79,7 +79,8 @@ def test_opcheck() -> None:
     streams, f = torch.randn(3, 2, C, requires_grad=True), torch.randn(3, C, requires_grad=True)
     with torch.no_grad():
         _, _, post, res, carrier = site_ops.read(streams, *first, EPS, ITERATIONS)
-    args = (streams, f, carrier, post.requires_grad_(), res.requires_grad_(), False, False, *second, EPS, ITERATIONS)
+    coefficients = None, post.requires_grad_(), res.requires_grad_()
+    args = (streams, f, carrier, *coefficients, False, False, *second, EPS, ITERATIONS)
     torch.library.opcheck(mhc.merge_read.default, args)
 
 
