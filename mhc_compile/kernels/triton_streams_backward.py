@@ -296,9 +296,7 @@ def streams_backward(
     assert streams is not None and d is not None and pull is not None
     n, features = streams.shape[-2:]
     tokens, columns = d.shape
-    block_t, block_c, warps, stages = streams_backward_tile(n, features, streams)
-    if reads["tap"] is not None:
-        stages = min(stages, 2)  # a tile more on chip
+    block_t, block_c, warps, stages = streams_backward_tile(n, features, streams, reads["tap"] is not None)
     shares, chunk = share_tokens(tokens, block_t, cdiv(features, block_c), columns, streams.device)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -340,14 +338,18 @@ def streams_backward(
     return dx, df, dphi, sums
 
 
-def streams_backward_tile(n: int, features: int, streams: Tensor) -> tuple[int, int, int, int]:
-    """BLOCK_T, BLOCK_C, warps and stages: the widest tile that fits into registers and, three stages of it, on chip."""
+def streams_backward_tile(n: int, features: int, streams: Tensor, tapped: bool = False) -> tuple[int, int, int, int]:
+    """BLOCK_T, BLOCK_C, warps and stages: the widest tile that fits into registers and, three stages of it, on chip.
+
+    ``tapped``: one array more is read; two stages, and half the tokens where a tile of float32 would not fit.
+    """
     wide = streams.dtype == torch.bfloat16
     if on_amd():
         return 16, column_block(features, (256 if wide else 128) // power_of_two(n)), 8, 2
     roomy = shared_memory(streams.device) >= 140 << 10  # not the case on consumer cards
     block_c = column_block(features, (256 if wide and roomy else 128) // power_of_two(n))
-    return 16 if streams.dtype == torch.float32 and not roomy else 32, block_c, 8, 3
+    few = streams.dtype == torch.float32 and (tapped or not roomy)
+    return 16 if few else 32, block_c, 8, 2 if tapped else 3
 
 
 def share_tokens(tokens: int, block_t: int, strips: int, columns: int, device: torch.device) -> tuple[int, int]:
