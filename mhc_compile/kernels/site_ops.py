@@ -13,8 +13,9 @@ the same time, and writes all that X gets from this site in one pass::
     dX_j = sum_i res_ij G_i + pre_j du + (dz @ phi^T)_j - X_j <dz, z> / (r^2 n C)
 
 ``sum_i res_ij G_i`` is never in memory, and autograd has nothing to add.  The backward goes over G, X and f for df,
-dpost and dres, over du and X for dpre, and over G, du and X for dX and dphi: 10 + 5 + 13 units of C with n = 4.  Kept
-for it are X, once, and per token f, the coefficients, z and r.
+dpost and dres, over du and X for dpre, and over G, du and X for dX and dphi: 10 + 5 + 13 units of C with n = 4 (fewer
+in a chain of sites: :mod:`~mhc_compile.kernels.cross_site_ops`).  Kept for it are X, once, and per token f, the
+coefficients, z and r.
 
 The gradients are right only if X and res of ``merge_carried`` are those of the ``read`` that its carrier comes from;
 one carrier may serve any number of merges.

@@ -86,7 +86,7 @@ def _rewrite(emitter: Emitter, pair: Pair) -> None:
     with graph.inserting_before(pair.place):
         given = (streams, f, carrier, None, post, res, *flags, *read.args[1:])
         both = emitter.call(mhc.merge_read.default, *given, like=read)
-        outputs: list[Any] = [emitter.call(operator.getitem, both, place, like=read) for place in range(6)]
+        outputs: list[Any] = [emitter.call(operator.getitem, both, place, like=read) for place in range(9)]
     if "mhc_site" in read.meta:
         both.meta["mhc_site"] = read.meta["mhc_site"]
     for user in list(read.users):
