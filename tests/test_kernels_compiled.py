@@ -6,6 +6,7 @@ No device is needed, and nothing runs.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -401,3 +402,12 @@ def test_a_record_does_not_outlive_its_block() -> None:
     with pytest.raises(ShapeError):
         expand(meta(2, 8), 4)
     assert replace(PAPER, res="none").mix == "identity"
+
+
+def test_a_record_has_the_launches_of_every_thread() -> None:
+    """On a GPU, autograd runs a backward in threads of its own."""
+    with record(run=False) as launches:
+        thread = threading.Thread(target=lambda: expand(meta(2, 8), 4))
+        thread.start()
+        thread.join()
+    assert [launch.name for launch in launches] == ["broadcast"]

@@ -296,7 +296,9 @@ def streams_backward(
     assert streams is not None and d is not None and pull is not None
     n, features = streams.shape[-2:]
     tokens, columns = d.shape
-    block_t, block_c, warps, stages = streams_backward_tile(n, features, streams, reads["tap"] is not None)
+    block_t, block_c, warps, stages = streams_backward_tile(
+        n, features, streams, before is not None, reads["tap"] is not None
+    )
     shares, chunk = share_tokens(tokens, block_t, cdiv(features, block_c), columns, streams.device)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -338,17 +340,19 @@ def streams_backward(
     return dx, df, dphi, sums
 
 
-def streams_backward_tile(n: int, features: int, streams: Tensor, tapped: bool = False) -> tuple[int, int, int, int]:
+def streams_backward_tile(
+    n: int, features: int, streams: Tensor, crossing: bool = False, tapped: bool = False
+) -> tuple[int, int, int, int]:
     """BLOCK_T, BLOCK_C, warps and stages: the widest tile that fits into registers and, three stages of it, on chip.
 
-    ``tapped``: one array more is read; two stages, and half the tokens where a tile of float32 would not fit.
+    ``crossing``: df is written too; ``tapped``: one array more is read.  Either halves the tokens of a float32 tile.
     """
     wide = streams.dtype == torch.bfloat16
     if on_amd():
         return 16, column_block(features, (256 if wide else 128) // power_of_two(n)), 8, 2
     roomy = shared_memory(streams.device) >= 140 << 10  # not the case on consumer cards
     block_c = column_block(features, (256 if wide and roomy else 128) // power_of_two(n))
-    few = streams.dtype == torch.float32 and (tapped or not roomy)
+    few = streams.dtype == torch.float32 and (crossing or tapped or not roomy)
     return 16 if few else 32, block_c, 8, 2 if tapped else 3
 
 
