@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from mhc_compile.errors import ShapeError
 from mhc_compile.kernels import cross_site_ops, ops, site_ops
 from mhc_compile.passes.emit import copy_graph
 from mhc_compile.passes.fuse import fuse
@@ -178,6 +181,40 @@ def test_compiled_with_what_a_merge_leaves(backend: str, leaving: None) -> None:
     found, right = (torch.autograd.grad(sum(o.square().sum() for o in each), leaves) for each in outputs)
     for a, b in zip(found, right, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_who_leaves_what() -> None:
+    """Kernels; known while a graph is traced, from tensors that are not there."""
+    pytest.importorskip("triton")
+    cpu = torch.empty(5, 4, 8)
+    with FakeTensorMode():
+        cuda = torch.empty(5, 4, 8, dtype=torch.bfloat16, device="cuda")
+        found = [
+            cross_site_ops.leaves_products(streams, mix, False)
+            for streams, mix in [(cuda, "given"), (cuda, "transposed"), (cuda, "identity"), (cuda.double(), "given")]
+        ]
+    assert found == [True, True, False, False] and not cross_site_ops.leaves_products(cpu, "given", False)
+
+
+def test_the_same_operations_are_counted(leaving: None) -> None:
+    torch.manual_seed(0)
+    sites = [parameters(3, {}) for _ in range(3)]
+    inputs = [torch.randn(7, 3, C).double().requires_grad_(), torch.randn(7, C).double().requires_grad_()]
+    totals = []
+    for left in (True, False):
+        outputs = several(inputs, sites, [{}] * 3, left)
+        with FlopCounterMode(display=False) as counter:
+            torch.autograd.backward([output.sum() for output in outputs])
+        totals.append(counter.get_total_flops())
+    assert totals[0] == totals[1] > 0
+
+
+def test_the_carrier_of_f_has_its_shape() -> None:
+    first, second = parameters(2, {}, torch.float32), parameters(2, {}, torch.float32)
+    streams, f = torch.randn(3, 2, C), torch.randn(3, C)
+    _, _, post, res, carrier, _, _, _ = mhc.read(streams, *first, EPS, ITERATIONS)
+    with pytest.raises(ShapeError, match=r"carrier of f is \[3, 2, 5\]; legal: \[..., C\] = \[3, 5\]"):
+        mhc.merge_read(streams, f, carrier, carrier, post, res, False, False, *second, EPS, ITERATIONS)
 
 
 def test_opcheck_of_the_backward() -> None:
