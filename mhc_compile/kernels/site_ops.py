@@ -330,10 +330,11 @@ def _read_backward_flops(
     **kwargs: Any,
 ) -> int:
     project, one = 2 * prod(streams[:-2]) * prod(phi), 2 * prod(streams)
-    to_parameters = project + one * (grad_u is not None) + one * (streams[-2] + 1) * (f is not None)
+    to_parameters = project + one * (grad_u is not None)
     to_streams = to_parameters + one * streams[-2] * (grad_merged is not None)
+    products = one * (streams[-2] + 1) * (f is not None)  # dpost and dres, which the merge has left
     wants_streams = bool(args[7])
-    return to_parameters + to_streams * wants_streams
+    return products + to_parameters + to_streams * wants_streams
 
 
 def _merge_carried_flops(streams: Sequence[int], *args: Any, **kwargs: Any) -> int:
