@@ -57,7 +57,7 @@ export with_peers
 compile_ahead() { # SHAPES: every kernel once at each shape, many at a time: fills the caches on disk
     export work
     for shape in "$@"; do
-        for who in mhc_compile torch.compile liger-kernel "tile-kernels,tile-kernels (no grad)"; do
+        for who in "mhc_compile,mhc_compile (site by site)" torch.compile liger-kernel "tile-kernels,tile-kernels (no grad)"; do
             printf '%s\0' "$shape" "$who"
         done
     done | within 160 xargs -0 -n 2 -P 10 bash -c \
@@ -103,7 +103,7 @@ case $what in
 first)
     rm -f "$OUT/kernels.json" "$OUT/kernels.log"
     compile_ahead "${headline[@]}" dry
-    measure 100 --only headline --ops site,merge+read --seconds 90
+    measure 100 --only headline --ops site,merge+read,chain --seconds 90
     compile_ahead "${others[@]}" &
     run_tests
     check_memory

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.kernel_samples import OPS, Sample
 from mhc_compile.kernels import reference
-from mhc_compile.kernels.convention import HEAD, PAPER, Convention
+from mhc_compile.kernels.convention import HEAD, PAPER, Before, Convention
 
 Outputs = tuple[Tensor | None, ...]
 Call = Callable[[], Outputs]
@@ -105,6 +105,9 @@ class Ours(Implementation):
         if op == "aggregate":
             raise NotOffered("a part of the site's backward")
 
+        if op == "chain":
+            return self.chain(sample)
+
         def of_merge() -> Outputs:
             df, dpost, dres = merge_backward(s["grad"], streams, s["f"], s["post"])
             return None, df, dpost, dres
@@ -134,6 +137,58 @@ class Ours(Implementation):
             "readout": lambda: (readout_backward(s["du"], n),),
         }
         return others[op]
+
+
+    def chain(self, s: Sample) -> Call:
+        """One site of a chain: df of the site before, and what its own parameters get."""
+        from mhc_compile.kernels.triton_merge_read import merge_read
+        from mhc_compile.kernels.triton_site_backward import crosses, site_backward
+
+        if not crosses(s["streams"], PAPER.mix):
+            raise NotOffered("more than four streams: site by site")
+        parameters, merging = (s["phi"], s["alpha"], s["bias"]), (s["streams"], s["f"], s["post"], s["res"])
+        merged, _, kept = merge_read(merging, parameters, PAPER.mix, False, PAPER)
+        before = Before(s["post"], False, s["f"].dtype)
+        more = {"grad": s["grad"], "du": s["du"], "f": s["next_f"], "before": before}
+
+        def of_chain() -> Outputs:
+            got = site_backward(merged, parameters, kept, PAPER, **more)
+            return None, got.f, None, None, got.phi, got.alpha, got.bias, None
+
+        return of_chain
+
+
+class SiteBySite(Ours):
+    """The same kernels where the backward of a chain stays within each site."""
+
+    name = "mhc_compile (site by site)"
+    note = "a chain's backward that does not cross the borders of sites; df is that of the site's own branch"
+
+    def forward(self, op: str, sample: Sample) -> Call:
+        raise NotOffered("a chain's backward alone")
+
+    def backward(self, op: str, sample: Sample) -> Call:
+        if op != "chain":
+            raise NotOffered("a chain's backward alone")
+        return self.chain(sample)
+
+    def chain(self, s: Sample) -> Call:
+        from mhc_compile.kernels.triton_merge_backward import merge_backward
+        from mhc_compile.kernels.triton_merge_read import merge_read
+        from mhc_compile.kernels.triton_site_backward import site_backward
+
+        parameters, merging = (s["phi"], s["alpha"], s["bias"]), (s["streams"], s["f"], s["post"], s["res"])
+        merged, _, kept = merge_read(merging, parameters, PAPER.mix, False, PAPER)
+        post = kept.post
+        assert post is not None
+
+        def of_chain() -> Outputs:
+            df, dpost, dres = merge_backward(s["grad"], merged, s["next_f"], post)
+            more = {"grad": s["grad"], "du": s["du"], "grad_post": dpost, "grad_res": dres}
+            got = site_backward(merged, parameters, kept, PAPER, **more)
+            return None, None, None, None, got.phi, got.alpha, got.bias, df
+
+        return of_chain
 
 
 def _fields(gradients: Any) -> Outputs:
@@ -210,9 +265,15 @@ def formulas(convention: Convention, n: int) -> dict[str, Function]:
         merged = reference.merge(*given[:4], c.transposed)
         return merged, reference.aggregate(merged, coefficients(merged, *given[4:])[0])
 
+    def chain(*given: Tensor) -> tuple[Tensor, Tensor]:
+        *before, next_f = given
+        streams = reference.merge(*before[:4], c.transposed)
+        return site(streams, next_f, *before[4:])
+
     return {
         "site": site,
         "merge+read": merge_read,
+        "chain": chain,
         "coefficients": coefficients,
         "sinkhorn": lambda logits: (sinkhorn(logits),),
         "aggregate": lambda streams, pre: (reference.aggregate(streams, pre),),

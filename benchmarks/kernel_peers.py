@@ -20,6 +20,7 @@ from benchmarks.kernel_implementations import (
     NotOffered,
     Ours,
     Outputs,
+    SiteBySite,
 )
 from benchmarks.kernel_samples import Sample
 from mhc_compile.kernels.convention import HEAD, PAPER, Convention
@@ -167,13 +168,22 @@ class TileKernelsInference(TileKernels):
         raise NotOffered("has no gradients")
 
 
-NAMES = ("mhc_compile", "torch eager", "torch.compile", "liger-kernel", "tile-kernels", "tile-kernels (no grad)")
+NAMES = (
+    "mhc_compile",
+    "mhc_compile (site by site)",
+    "torch eager",
+    "torch.compile",
+    "liger-kernel",
+    "tile-kernels",
+    "tile-kernels (no grad)",
+)
 
 
 def load(names: Sequence[str], dry: bool) -> tuple[list[Implementation], dict[str, str]]:
     """The implementations of these names that can be had here, and why the others cannot."""
     makers: dict[str, Callable[[], Implementation]] = {
         "mhc_compile": Ours,
+        "mhc_compile (site by site)": SiteBySite,
         "torch eager": Eager,
         "torch.compile": lambda: Compiled("aot_eager" if dry else "inductor"),
         "liger-kernel": Liger,

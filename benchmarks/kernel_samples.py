@@ -54,6 +54,10 @@ OPS = {
     "site": Op(("streams", "f", *PARAMETERS), ("merged", "u"), ("grad", "du")),
     # What a trunk of sites does between two branches: the merge of one and the read of the next.
     "merge+read": Op(("streams", "f", "post", "res", *PARAMETERS), ("merged", "u"), ("grad", "du"), ("forward",)),
+    # A site of a trunk with what its backward takes: the merge before, the read, and the merge of its own branch.
+    "chain": Op(
+        ("streams", "f", "post", "res", *PARAMETERS, "next_f"), ("merged", "u"), ("grad", "du"), ("backward",)
+    ),
     "coefficients": Op(("streams", *PARAMETERS), ("pre", "post", "res"), ("grad_pre", "grad_post", "grad_res")),
     "sinkhorn": Op(("logits",), ("res",), ("grad_res",)),
     "aggregate": Op(("streams", "pre"), ("u",), ("du",)),
@@ -75,7 +79,7 @@ def sample(shape: Shape, device: torch.device, seed: int) -> Sample:
         return torch.randn(size, generator=generator, device=device).to(dtype)
 
     columns, head_columns = PAPER.columns(n), HEAD.columns(n)
-    wide = {"streams": (t, n, c), "f": (t, c), "grad": (t, n, c), "du": (t, c)}
+    wide = {"streams": (t, n, c), "f": (t, c), "grad": (t, n, c), "du": (t, c), "next_f": (t, c)}
     return {
         **{name: random(*size, dtype=shape.dtype) for name, size in wide.items()},
         "phi": random(n * c, columns) / (n * c) ** 0.5,

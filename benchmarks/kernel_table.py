@@ -24,6 +24,7 @@ SITE_ROWS = [
     ("site", "forward", "read and merge"),
     ("merge+read", "forward", "merge and the next read"),
     ("site", "backward", "backward"),
+    ("chain", "backward", "backward in a chain"),
 ]
 
 Results = dict[str, Any]
@@ -109,7 +110,7 @@ def ops(results: Results) -> str:
     ]
     for op in OPS:
         for direction in OPS[op].directions:
-            if op not in ("site", "merge+read"):
+            if op not in {row[0] for row in SITE_ROWS}:
                 ours = find(results, shape.name, op, direction, OURS)
                 cells = [cell(find(results, shape.name, op, direction, name), ours) for name in names]
                 lines.append(f"| {op}, {direction} | " + " | ".join(cells) + " |")

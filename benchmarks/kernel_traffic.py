@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhc_compile.kernels.convention import PAPER, Convention
+from mhc_compile.kernels.convention import PAPER, Before, Convention
 
 WIDTHS = (1280, 2560, 4096, 7168)
 
@@ -46,16 +46,17 @@ class Moved:
 def site_launches(
     tokens: int, features: int, n: int = 4, dtype: torch.dtype = torch.bfloat16, convention: Convention = PAPER
 ) -> dict[str, list[Any]]:
-    """The launches of a site's forward (read and merge), of its forward in a chain of sites, and of its backward.
+    """The launches of a site's forward (read and merge) and of its backward, by itself and in a chain of sites.
 
-    In a chain the merge of one site and the read of the next are fused.  All tensors are on the meta device.
+    In a chain the merge of one site and the read of the next are fused, and the backward goes over their border: it
+    writes df of the site before, and not its own.  All tensors are on the meta device.
     """
     from mhc_compile.kernels.triton_coefficients import read
     from mhc_compile.kernels.triton_launch import record
     from mhc_compile.kernels.triton_merge import merge
     from mhc_compile.kernels.triton_merge_backward import merge_backward
     from mhc_compile.kernels.triton_merge_read import merge_read
-    from mhc_compile.kernels.triton_site_backward import site_backward
+    from mhc_compile.kernels.triton_site_backward import crosses, site_backward
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -73,7 +74,12 @@ def site_launches(
     with record(run=False) as backward:
         _, dpost, dres = merge_backward(grad, streams, f, site.post, convention.mix)
         site_backward(streams, parameters, site, convention, grad=grad, du=du, grad_post=dpost, grad_res=dres)
-    return {"forward": forward, "in a chain": chained, "backward": backward}
+    if not crosses(streams, convention.mix):
+        return {"forward": forward, "in a chain": chained, "backward": backward}
+    with record(run=False) as crossing:
+        before = Before(site.post, convention.rounded, dtype)
+        site_backward(streams, parameters, site, convention, grad=grad, du=du, f=f, before=before)
+    return {"forward": forward, "in a chain": chained, "backward": backward, "backward in a chain": crossing}
 
 
 def site_traffic(tokens: int, features: int, n: int = 4, dtype: torch.dtype = torch.bfloat16) -> dict[str, Moved]:
@@ -92,13 +98,13 @@ def report(tokens: int, n: int, bandwidth: float) -> str:
     """The table of all widths, one line a direction."""
     lines = [
         f"T = {tokens}, n = {n}, bfloat16; floors at {bandwidth / 1e12:g} TB/s",
-        f"{'C':>6s}  {'direction':11s}{'units':>6s}{'units MB':>10s}{'rest MB':>9s}{'rest':>7s}{'floor us':>10s}",
+        f"{'C':>6s}  {'direction':20s}{'units':>6s}{'units MB':>10s}{'rest MB':>9s}{'rest':>7s}{'floor us':>10s}",
     ]
     for features in WIDTHS:
         for direction, moved in site_traffic(tokens, features, n).items():
             main, rest = moved.units * moved.unit_bytes / 1e6, moved.other_bytes / 1e6
             lines.append(
-                f"{features:6d}  {direction:11s}{moved.units:6g}{main:10.1f}{rest:9.1f}{moved.other_share:7.1%}"
+                f"{features:6d}  {direction:20s}{moved.units:6g}{main:10.1f}{rest:9.1f}{moved.other_share:7.1%}"
                 f"{moved.floor_us(bandwidth):10.1f}"
             )
     return "\n".join(lines)

@@ -333,6 +333,7 @@ def _merge_read(
     streams: Tensor,
     f: Tensor,
     carrier: Tensor,
+    branch: Tensor | None,
     post: Tensor,
     res: Tensor | None,
     transposed: bool,
@@ -371,7 +372,7 @@ class _OracleRun(fx.Interpreter):
         if oracle is not None:
             exact = oracle(*(one.double() if isinstance(one, Tensor) else one for one in args))
             name = target._opname
-            found = pytree.tree_leaves(result)  # `read` gives more: a carrier, and what its backward keeps
+            found = pytree.tree_leaves(result)  # `read` gives more: carriers, and what its backward keeps
             for a, b in zip(pytree.tree_leaves(exact), found, strict=target not in _KEEPS_MORE):
                 self.worst[name] = max(self.worst.get(name, 0.0), _difference(a, b))
         return result

@@ -142,7 +142,7 @@ def test_opcheck(name: str) -> None:
     tail = (*gates, *chosen(variant, BALANCE).values(), *chosen(variant, MERGE).values())
     torch.library.opcheck(mhc.read.default, (streams, phi, alpha, bias, EPS, 4, *tail))
     with torch.no_grad():
-        _, _, post, res, carrier, _, _ = mhc.read(streams, phi, alpha, bias, EPS, 4, *tail)
+        _, _, post, res, carrier, *_ = mhc.read(streams, phi, alpha, bias, EPS, 4, *tail)
     if variant.get("groups") != 1:
         post, mixing = post.requires_grad_(), res.requires_grad_() if res.numel() else None
         flags = tuple(chosen(variant, MERGE).values())

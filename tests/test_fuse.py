@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from mhc_compile.errors import ShapeError
 from mhc_compile.kernels import cross_site_ops, ops, site_ops
 from mhc_compile.passes.emit import copy_graph
 from mhc_compile.passes.fuse import fuse
@@ -79,7 +85,8 @@ def test_opcheck() -> None:
     streams, f = torch.randn(3, 2, C, requires_grad=True), torch.randn(3, C, requires_grad=True)
     with torch.no_grad():
         _, _, post, res, carrier = site_ops.read(streams, *first, EPS, ITERATIONS)
-    args = (streams, f, carrier, post.requires_grad_(), res.requires_grad_(), False, False, *second, EPS, ITERATIONS)
+    coefficients = None, post.requires_grad_(), res.requires_grad_()
+    args = (streams, f, carrier, *coefficients, False, False, *second, EPS, ITERATIONS)
     torch.library.opcheck(mhc.merge_read.default, args)
 
 
@@ -96,6 +103,129 @@ def test_without_a_gradient_of_the_streams() -> None:
     expected = torch.autograd.grad(sum(o.sum() for o in right[:3]), second)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+# --- the backward across sites, which kernels have: here in plain torch -----------------------------------
+
+
+@pytest.fixture
+def leaving(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Merges leave what they can to the read before, as they do where kernels run."""
+    monkeypatch.setattr(cross_site_ops, "leaves_products", lambda streams, mix, compiled: mix != "identity")
+    with inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
+        yield
+    torch._dynamo.reset()
+
+
+def several(
+    inputs: list[Tensor], sites: list[list[Tensor]], variants: list[dict[str, Any]], left: bool
+) -> list[Tensor]:
+    """Sites in a row, as `fuse` leaves them; readers of the state and of the coefficients between."""
+    streams, f = inputs
+    u, pre, post, res, carrier, branch, _, _ = mhc.read(streams, *sites[0], EPS, ITERATIONS, **variants[0])
+    outputs = [u, post]
+    for before, variant, parameters in zip(variants, variants[1:], sites[1:], strict=False):
+        manner = chosen(before, MERGE)
+        flags = manner.get("transposed", False), manner.get("rounded", False)
+        given = (carrier, branch if left else None, post, res if res.numel() else None)
+        result = mhc.merge_read(streams, f * torch.tanh(u), *given, *flags, *parameters, EPS, ITERATIONS, **variant)
+        streams, u, pre, post, res, carrier, branch, _, _ = result
+        outputs += [u, pre * 3, post, ops.readout(streams.sin())]
+    return outputs
+
+
+@pytest.mark.parametrize("names", ["paper paper paper", "deepseek_v4 deepseek_v4 head", "hunyuan_v4 hunyuan_v4 head"])
+@pytest.mark.parametrize("n", [1, 4])
+def test_what_a_merge_leaves_is_made_up_for(names: str, n: int, leaving: None) -> None:
+    torch.manual_seed(0)
+    variants = [VARIANTS[name] for name in names.split()]
+    sites = [parameters(n, variant) for variant in variants]
+    inputs = [torch.randn(7, n, C).double().requires_grad_(), torch.randn(7, C).double().requires_grad_()]
+    leaves = [*inputs, *(p for site in sites for p in site)]
+    both = [several(inputs, sites, variants, left) for left in (True, False)]
+    weights = [torch.randn(output.shape).double() for output in both[0]]
+    for found, right in zip(*(torch.autograd.grad(outputs, leaves, weights) for outputs in both), strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", [["streams"], ["f"], ["streams", "first"], ["first", "second"]], ids="+".join)
+def test_only_some_of_it_is_trained(frozen: list[str], leaving: None) -> None:
+    torch.manual_seed(0)
+    named = {"streams": torch.randn(7, 3, C).double(), "f": torch.randn(7, C).double()}
+    sites = {"first": parameters(3, {}), "second": parameters(3, {}), "third": parameters(3, {})}
+    for values, name in [*(([v], k) for k, v in named.items()), *((v, k) for k, v in sites.items())]:
+        for value in values:
+            value.requires_grad_(name not in frozen)
+    leaves = [v for v in [*named.values(), *(p for site in sites.values() for p in site)] if v.requires_grad]
+    found, right = (
+        torch.autograd.grad(
+            sum(o.square().sum() for o in several(list(named.values()), list(sites.values()), [{}] * 3, left)), leaves
+        )
+        for left in (True, False)
+    )
+    for a, b in zip(found, right, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_with_what_a_merge_leaves(backend: str, leaving: None) -> None:
+    torch.manual_seed(0)
+    sites = [parameters(3, {}, torch.float32) for _ in range(3)]
+    inputs = [torch.randn(7, 3, C).requires_grad_(), torch.randn(7, C).requires_grad_()]
+    leaves = [*inputs, *(p for site in sites for p in site)]
+
+    def run(*values: Tensor) -> list[Tensor]:
+        return several(list(values[:2]), [list(values[i : i + 3]) for i in (2, 5, 8)], [{}] * 3, True)
+
+    outputs = [torch.compile(run, backend=backend, fullgraph=True)(*leaves), run(*leaves)]
+    found, right = (torch.autograd.grad(sum(o.square().sum() for o in each), leaves) for each in outputs)
+    for a, b in zip(found, right, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_who_leaves_what() -> None:
+    """Kernels; known while a graph is traced, from tensors that are not there."""
+    pytest.importorskip("triton")
+    cpu = torch.empty(5, 4, 8)
+    with FakeTensorMode():
+        cuda = torch.empty(5, 4, 8, dtype=torch.bfloat16, device="cuda")
+        found = [
+            cross_site_ops.leaves_products(streams, mix, False)
+            for streams, mix in [(cuda, "given"), (cuda, "transposed"), (cuda, "identity"), (cuda.double(), "given")]
+        ]
+    assert found == [True, True, False, False] and not cross_site_ops.leaves_products(cpu, "given", False)
+
+
+def test_the_same_operations_are_counted(leaving: None) -> None:
+    torch.manual_seed(0)
+    sites = [parameters(3, {}) for _ in range(3)]
+    inputs = [torch.randn(7, 3, C).double().requires_grad_(), torch.randn(7, C).double().requires_grad_()]
+    totals = []
+    for left in (True, False):
+        outputs = several(inputs, sites, [{}] * 3, left)
+        with FlopCounterMode(display=False) as counter:
+            torch.autograd.backward([output.sum() for output in outputs])
+        totals.append(counter.get_total_flops())
+    assert totals[0] == totals[1] > 0
+
+
+def test_the_carrier_of_f_has_its_shape() -> None:
+    first, second = parameters(2, {}, torch.float32), parameters(2, {}, torch.float32)
+    streams, f = torch.randn(3, 2, C), torch.randn(3, C)
+    _, _, post, res, carrier, _, _, _ = mhc.read(streams, *first, EPS, ITERATIONS)
+    with pytest.raises(ShapeError, match=r"carrier of f is \[3, 2, 5\]; legal: \[..., C\] = \[3, 5\]"):
+        mhc.merge_read(streams, f, carrier, carrier, post, res, False, False, *second, EPS, ITERATIONS)
+
+
+def test_opcheck_of_the_backward() -> None:
+    torch.manual_seed(0)
+    values = [value.detach() for value in parameters(2, {}, torch.float32)]
+    streams, gains = torch.randn(3, 2, C), torch.randn(3, 2)
+    u, pre, post, res, _, _, z, r = mhc.read(streams, *values, EPS, ITERATIONS)
+    grads = [torch.randn_like(one) for one in (u, pre, post, res, streams, u, streams)]
+    kept = (streams, *values, pre, post, res, z, r, gains, False)
+    for sent, dtype in ((grads, torch.float32), ([None] * 7, torch.float32), (grads, torch.bfloat16)):
+        torch.library.opcheck(mhc.merge_read_backward.default, (*sent, *kept, dtype, EPS, ITERATIONS))
 
 
 # --- the pass ---------------------------------------------------------------------------------------------
@@ -165,6 +295,40 @@ def test_every_site_but_the_first_is_fused() -> None:
     counts = count_ops(graph.graph)
     assert counts["mhc.read.default"] == counts["mhc.merge_carried.default"] == 1
     assert fuse(graph) == fuse(graph) and not fuse(graph).modified
+
+
+def branches(graph: fx.GraphModule) -> list[bool]:
+    """Of each fused merge, whether it has the carrier of f of the read before."""
+    fused = graph.graph.find_nodes(op="call_function", target=mhc.merge_read.default)
+    return [node.args[3] is not None for node in fused]
+
+
+@pytest.mark.parametrize("tap", [False, True])
+def test_the_backward_goes_over_every_border(tap: bool, leaving: None) -> None:
+    assert branches(check(Chain(4, tap=tap), 3)) == [True] * 3
+
+
+@pytest.mark.parametrize("change", ["post", "res", "two merges"])
+def test_a_read_whose_merge_is_another_keeps_its_border(change: str, leaving: None) -> None:
+    """An op between a read and its merge, or a second merge: the read cannot make up for what that leaves."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    first, second = parameters(2, {}), parameters(2, {})
+    streams, f = torch.randn(5, 2, C).double().requires_grad_(), torch.randn(5, C).double().requires_grad_()
+
+    def run(streams: Tensor, f: Tensor, *values: Tensor) -> Tensor:
+        u, _, post, res, carrier = site_ops.read(streams, *values[:3], EPS, ITERATIONS)
+        mixed = (post * 1.5 if change == "post" else post), (res.detach() if change == "res" else res)
+        merged = site_ops.merge_carried(streams, f * u, carrier, *mixed)
+        others = site_ops.merge_carried(streams, f, carrier, post, res) if change == "two merges" else 0.0
+        return site_ops.read(merged, *values[3:], EPS, ITERATIONS)[0] + ops.readout(merged + others)
+
+    leaves = [streams, f, *first, *second]
+    graph = make_fx(run, pre_dispatch=True, tracing_mode="fake")(*leaves)
+    assert fuse(graph).modified and branches(graph) == [False]
+    found, right = (torch.autograd.grad(each(*leaves).square().sum(), leaves) for each in (graph, run))
+    for a, b in zip(found, right, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_taps_read_the_merged_streams() -> None:

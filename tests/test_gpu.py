@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from graphs import float_outputs, zoo_model
-from mhc_compile import mhc_compile
+from mhc_compile import HyperConnection, mhc_compile
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,6 +59,10 @@ def test_as_on_the_cpu(backend: str, dtype: torch.dtype) -> None:
         found.float().square().mean().backward()
     names = {launch.name for launch in launches}
     assert {"merge_project", "finish", "merge_backward", "coefficients_backward", "streams_backward"} <= names
+    # The last site alone is by itself: the backward of the others crosses their borders.
+    counts, sites = Counter(launch.name for launch in launches), [*model.mhc.modules()]
+    assert counts["merge_backward"] == 1
+    assert counts["products"] == sum(isinstance(site, HyperConnection) for site in sites) - 1
     limit = 5e-2 if dtype == torch.bfloat16 else 1e-4
     assert (found.detach().float().cpu() - right).abs().max() <= limit * right.abs().max()
 

@@ -6,6 +6,7 @@ No device is needed, and nothing runs.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -20,7 +21,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from kernel_compiler import Compiled, Target, compile_for
 from mhc_compile.errors import ShapeError
 from mhc_compile.kernels import triton_launch, triton_streams_backward
-from mhc_compile.kernels.convention import DEEPSEEK_V4, HEAD, HUNYUAN_V4, PAPER, Convention
+from mhc_compile.kernels.convention import DEEPSEEK_V4, HEAD, HUNYUAN_V4, PAPER, Before, Convention
 from mhc_compile.kernels.triton_aggregate import aggregate
 from mhc_compile.kernels.triton_coefficients import read
 from mhc_compile.kernels.triton_expand import expand, expand_backward
@@ -30,7 +31,7 @@ from mhc_compile.kernels.triton_merge import merge
 from mhc_compile.kernels.triton_merge_backward import merge_backward
 from mhc_compile.kernels.triton_merge_read import merge_read
 from mhc_compile.kernels.triton_sinkhorn import sinkhorn, sinkhorn_backward
-from mhc_compile.kernels.triton_site_backward import site_backward
+from mhc_compile.kernels.triton_site_backward import crosses, site_backward
 from mhc_compile.kernels.triton_traffic import table, traffic
 
 A100, H200, B200 = Target("80", 163 << 10), Target("90", 227 << 10), Target("100", 227 << 10)
@@ -78,6 +79,23 @@ def across(n: int, dtype: torch.dtype, convention: Convention, t: int = TOKENS, 
     res = None if convention.mix == "identity" else meta(t, n, n)
     with record(run=False) as launches:
         merge_read((streams, f, meta(t, n), res), parameters, convention.mix, convention.rounded, convention)
+    return launches
+
+
+def chained(
+    n: int, dtype: torch.dtype, convention: Convention, t: int = TOKENS, c: int = FEATURES, tapped: bool = False
+) -> list[Launch]:
+    """The backward of one site in a chain of sites, with df of the site before."""
+    k, rounds = convention.columns(n), convention.rounded
+    parameters = meta(n * c, k), meta(convention.groups), meta(k)
+    streams = meta(t, n, c, dtype=dtype)
+    assert crosses(streams, "given")
+    with record(run=False):
+        u, site = read(streams, *parameters, convention)
+    given = {} if site.post is None else {"grad": streams, "f": u}
+    with record(run=False) as launches:
+        before, tap = Before(meta(t, n), rounds, dtype), streams if tapped else None
+        site_backward(streams, parameters, site, convention, **given, du=u, tap=tap, before=before)
     return launches
 
 
@@ -135,6 +153,7 @@ READS = {
     "merge": 5,
     "merge_backward": 9,
     "coefficients_backward": 5,
+    "products": 10,
     "aggregate": 4,
     "sum": 4,
     "broadcast": 1,
@@ -172,6 +191,53 @@ def test_across_sites_in_other_forms(on: Callable[[Target], None]) -> None:
 def test_two_launches_a_site_when_decoding() -> None:
     for t in (1, 16):
         assert [launch.name for launch in across(4, torch.bfloat16, DEEPSEEK_V4, t)] == ["merge_project", "finish"]
+
+
+@pytest.mark.parametrize("target", [A100, H200, B200, MI300], ids=lambda t: t.name)
+def test_backward_across_sites(target: Target, on: Callable[[Target], None]) -> None:
+    on(target)
+    launches = some(chained(4, torch.bfloat16, PAPER), "products", "streams_backward")
+    check_instructions(compiled(launches, target), target, READS)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "target"),
+    [(torch.float16, A100), (torch.float16, H200), (torch.float16, MI300)]
+    + [(torch.float32, target) for target in (A100, H200, B200)],
+    ids=str,
+)
+def test_backward_across_sites_in_other_dtypes(
+    dtype: torch.dtype, target: Target, on: Callable[[Target], None]
+) -> None:
+    on(target)
+    launches = some(chained(4, dtype, PAPER), "streams_backward", *["products"] * (target is H200))
+    check_instructions(compiled(launches, target), target, READS)
+
+
+def test_backward_across_sites_in_other_forms(on: Callable[[Target], None]) -> None:
+    """Streams with other readers, few tokens, fewer streams, a head; and little on-chip memory."""
+    for target, n, dtype, convention, tapped in [
+        (A100, 4, torch.bfloat16, PAPER, True),
+        (H200, 4, torch.float32, DEEPSEEK_V4, True),
+        (H200, 4, torch.bfloat16, DEEPSEEK_V4, True),
+        (H200, 4, torch.bfloat16, HEAD, False),
+        (H200, 3, torch.bfloat16, PAPER, True),
+        (H200, 1, torch.bfloat16, PAPER, False),
+        (CONSUMER, 4, torch.bfloat16, PAPER, True),
+        (CONSUMER, 4, torch.float32, PAPER, True),
+    ]:
+        on(target)
+        compiled(some(chained(n, dtype, convention, tapped=tapped), "streams_backward"), target)
+
+
+def test_what_does_not_cross(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cases whose kernels have another form, or would spill."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    cases = [(4, torch.bfloat16, "given"), (5, torch.bfloat16, "given"), (4, torch.bfloat16, "identity")]
+    cases.append((4, torch.float32, "given"))
+    assert [crosses(meta(2, n, 8, dtype=dtype), mix) for n, dtype, mix in cases] == [True, False, False, False]
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert crosses(meta(2, 4, 8), "given")
 
 
 def some(launches: list[Launch], *names: str) -> list[Launch]:
@@ -252,6 +318,7 @@ def test_number_of_tokens_is_no_constant() -> None:
 
     def constants(t: int) -> list[object]:
         launches = forward(4, torch.bfloat16, PAPER, t) + backward(4, torch.bfloat16, PAPER, t)
+        launches += chained(4, torch.bfloat16, PAPER, t)
         return [
             {p.name: launch.arguments[p.name] for p in launch.kernel.params if p.is_constexpr} for launch in launches
         ]
@@ -283,6 +350,20 @@ def test_traffic_across_sites(features: int) -> None:
     rows = traffic(across(4, torch.bfloat16, PAPER, TOKENS, features), TOKENS, features)
     assert rows[-1].units == 14, table(rows)
     assert rows[-1].other_bytes < 0.06 * 14 * TOKENS * features * 2, table(rows)
+
+
+@pytest.mark.parametrize(("features", "share"), [(1280, 0.05), (2560, 0.04), (7168, 0.025)])
+def test_traffic_of_the_backward_across_sites(features: int, share: float) -> None:
+    """24 units of a site, with df of the site before; 4 more where its streams have another reader."""
+    rows = traffic(chained(4, torch.bfloat16, PAPER, TOKENS, features), TOKENS, features)
+    assert rows[-1].units == 24, table(rows)
+    assert rows[-1].other_bytes < share * 24 * TOKENS * features * 2, table(rows)
+    found = {row.name: (row.read, row.written) for row in rows}
+    assert found["products"] == (10, 0) and found["streams_backward"] == (9, 5)
+    assert found["coefficients_backward"] == found["add_shares"] == found["pack"] == (0, 0)
+    tapped = traffic(chained(4, torch.bfloat16, PAPER, TOKENS, features, tapped=True), TOKENS, features)
+    assert tapped[-1].units == 28
+    assert traffic(chained(4, torch.bfloat16, HEAD, TOKENS, features), TOKENS, features)[-1].units == 5 + 9 + 1
 
 
 def test_traffic_of_each_launch() -> None:
@@ -321,3 +402,12 @@ def test_a_record_does_not_outlive_its_block() -> None:
     with pytest.raises(ShapeError):
         expand(meta(2, 8), 4)
     assert replace(PAPER, res="none").mix == "identity"
+
+
+def test_a_record_has_the_launches_of_every_thread() -> None:
+    """On a GPU, autograd runs a backward in threads of its own."""
+    with record(run=False) as launches:
+        thread = threading.Thread(target=lambda: expand(meta(2, 8), 4))
+        thread.start()
+        thread.join()
+    assert [launch.name for launch in launches] == ["broadcast"]

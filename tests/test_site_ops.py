@@ -314,11 +314,11 @@ def test_autocast_changes_nothing() -> None:
 
 def op_inputs(name: str, lead: tuple[int, ...] = (4,), n: int = 3, c: int = 5) -> tuple[Any, ...]:
     *read, f = inputs(lead, n, c, torch.float32)
-    u, pre, post, res, carrier, z, r = mhc.read(*read, EPS, ITERATIONS)
+    u, pre, post, res, carrier, _, z, r = mhc.read(*read, EPS, ITERATIONS)
     merged, grads = torch.randn_like(read[0]), [torch.randn_like(one) for one in (u, pre, post, res)]
     return {
         "read": (*read, EPS, ITERATIONS),
-        "read_backward": (*grads, merged, *read, pre, post, res, z, r, True, EPS, ITERATIONS),
+        "read_backward": (*grads, merged, f, *read, pre, post, res, z, r, True, EPS, ITERATIONS),
         "merge_carried": (read[0], f, carrier, post, res),
         "merge_carried_backward": (merged, read[0], f, post, "given", False),
     }[name]
@@ -508,14 +508,14 @@ def test_what_is_kept_for_the_backward_cannot_be_differentiated() -> None:
     """A gradient sent to z or r would be lost."""
     *args, _ = inputs((2,), N, C, torch.float32)
     outputs = mhc.read(*(a.requires_grad_() for a in args), EPS, ITERATIONS)
-    assert [output.requires_grad for output in outputs] == 5 * [True] + 2 * [False]
+    assert [output.requires_grad for output in outputs] == 6 * [True] + 2 * [False]
 
 
 def test_inside_the_backward_nothing_else_of_that_size_is_allocated() -> None:
     """float32 on a CPU: not even a temporary."""
     args = op_inputs("read_backward", (TOKENS,), N, 10 * C)
     with Allocations(at_least(TOKENS * N * 10 * C * 4)) as seen:
-        site_plain.read_backward(*args[:-3], PAPER, True)
+        site_plain.read_backward(*args[:5], *args[6:-3], PAPER, True)  # without f, which the op has seen to
     assert len(seen.ops) == 1
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mhc_compile.errors import ConfigError, wrong
@@ -130,10 +131,23 @@ class Coefficients:
 
 
 @dataclass(frozen=True)
+class Before:
+    """The merge that made a site's streams: its post [..., n] in float32, whether that is rounded, and f's dtype."""
+
+    post: Tensor
+    rounded: bool
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class SiteGradients:
-    """What the backward of a site gives; streams in their own dtype, the parameters in float32."""
+    """What the backward of a site gives; streams in their own dtype, the parameters in float32.
+
+    ``f``: for the branch of the merge before, where the site's last pass made that too.
+    """
 
     streams: Tensor
     phi: Tensor
     alpha: Tensor
     bias: Tensor
+    f: Tensor | None = None

@@ -13,8 +13,9 @@ the same time, and writes all that X gets from this site in one pass::
     dX_j = sum_i res_ij G_i + pre_j du + (dz @ phi^T)_j - X_j <dz, z> / (r^2 n C)
 
 ``sum_i res_ij G_i`` is never in memory, and autograd has nothing to add.  The backward goes over G, X and f for df,
-dpost and dres, over du and X for dpre, and over G, du and X for dX and dphi: 10 + 5 + 13 units of C with n = 4.  Kept
-for it are X, once, and per token f, the coefficients, z and r.
+dpost and dres, over du and X for dpre, and over G, du and X for dX and dphi: 10 + 5 + 13 units of C with n = 4 (fewer
+in a chain of sites: :mod:`~mhc_compile.kernels.cross_site_ops`).  Kept for it are X, once, and per token f, the
+coefficients, z and r.
 
 The gradients are right only if X and res of ``merge_carried`` are those of the ``read`` that its carrier comes from;
 one carrier may serve any number of merges.
@@ -45,6 +46,8 @@ _VARIANT = (
 )
 _COMPILED = 10  # its place among these
 
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
 
 def read(
     streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, eps: float, iterations: int, **variant: Any
@@ -53,14 +56,15 @@ def read(
 
     streams [..., n, C]; phi [n C, n n + 2 n], alpha [3], bias [n n + 2 n] as for ``ops.coefficients``.  Returns
     u [..., C] in streams' dtype; pre [..., n], post [..., n], res [..., n, n] in phi's; the carrier [..., n, C], for
-    ``merge_carried`` alone.  The op itself has two outputs more, z [n n + 2 n, ...] and r [...], for its backward.
+    ``merge_carried`` alone.  The op itself has three outputs more: the carrier of f [..., C], for ``merge_read`` alone,
+    and z [n n + 2 n, ...] and r [...], for its backward.
 
     ``variant``: pre_eps, post_scale, post_eps and groups as for ``ops.coefficients``; divisor_eps and rows_first as for
     ``ops.sinkhorn``; transposed and rounded as its merges have them; compiled: let inductor compile the bodies that
     run on a CPU, once a process (seconds).
     """
     result: tuple[Tensor, ...] = _read(streams, phi, alpha, bias, eps, iterations, **variant)
-    u, pre, post, res, carrier, _, _ = result
+    u, pre, post, res, carrier, _, _, _ = result
     return u, pre, post, res, carrier
 
 
@@ -110,20 +114,22 @@ def _check_read(streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *vari
     return convention
 
 
-def _carrier(streams: Tensor) -> Tensor:
-    return streams.new_zeros(1).expand(streams.shape)
+def _carriers(streams: Tensor) -> tuple[Tensor, Tensor]:
+    """Of G and of f: one element each, in the shape of what they stand for."""
+    *lead, _, features = streams.shape
+    return streams.new_zeros(1).expand(streams.shape), streams.new_zeros(1).expand((*lead, features))
 
 
 @_op(
     "read",
     f"(Tensor streams, Tensor phi, Tensor alpha, Tensor bias, {_VARIANT})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _read(streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *variant: Any) -> Any:
     convention = _check_read(streams, phi, alpha, bias, *variant)
     with _no_autocast(streams):
         *coefficients, z, r = kernels(streams, is_compiled(variant)).read(streams, phi, alpha, bias, convention)
-    return *coefficients, _carrier(streams), z, r
+    return *coefficients, *_carriers(streams), z, r
 
 
 @_fake(_read)
@@ -133,7 +139,7 @@ def _(streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *variant: Any) 
     return (
         streams.new_empty((*lead, features)),
         *plain.empty_coefficients(phi, lead, n, convention.groups),
-        _carrier(streams),
+        *_carriers(streams),
         phi.new_empty((phi.shape[1], *lead)),
         phi.new_empty(lead),
     )
@@ -142,8 +148,8 @@ def _(streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *variant: Any) 
 # A gradient that nobody sends is None, as grad_pre nearly always is.
 @_op(
     "read_backward",
-    "(Tensor? grad_u, Tensor? grad_pre, Tensor? grad_post, Tensor? grad_res, Tensor? grad_merged, Tensor streams,"
-    " Tensor phi, Tensor alpha, Tensor bias, Tensor pre, Tensor post, Tensor res, Tensor z, Tensor r,"
+    "(Tensor? grad_u, Tensor? grad_pre, Tensor? grad_post, Tensor? grad_res, Tensor? grad_merged, Tensor? f,"
+    " Tensor streams, Tensor phi, Tensor alpha, Tensor bias, Tensor pre, Tensor post, Tensor res, Tensor z, Tensor r,"
     f" bool wants_streams, {_VARIANT}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _read_backward(
@@ -152,6 +158,7 @@ def _read_backward(
     grad_post: Tensor | None,
     grad_res: Tensor | None,
     grad_merged: Tensor | None,
+    f: Tensor | None,
     streams: Tensor,
     phi: Tensor,
     alpha: Tensor,
@@ -166,9 +173,31 @@ def _read_backward(
 ) -> Any:
     grads = (grad_u, grad_pre, grad_post, grad_res, grad_merged)
     kept = (streams, phi, alpha, bias, pre, post, res, z, r)
-    chosen = kernels(streams, is_compiled(variant))
+    chosen, convention = kernels(streams, is_compiled(variant)), convention_of(variant)
     with _no_autocast(streams):
-        return chosen.read_backward(*grads, *kept, convention_of(variant), wants_streams)
+        if f is not None and crosses(chosen, streams, convention.mix):
+            return chosen.chain_backward(grads, f, None, None, kept, convention, wants_streams)[:4]
+        grads = with_products(chosen, grads, f, streams, post, convention)
+        return chosen.read_backward(*grads, *kept, convention, wants_streams)
+
+
+def crosses(chosen: ModuleType, streams: Tensor, mix: str) -> bool:
+    """Whether these kernels have a backward that goes over the border of two sites, for such streams and mix."""
+    return hasattr(chosen, "crosses") and bool(chosen.crosses(streams, mix))
+
+
+def with_products(
+    chosen: ModuleType, grads: Grads, f: Tensor | None, streams: Tensor, post: Tensor, convention: Convention
+) -> Grads:
+    """``grads`` with dpost and dres that a merge of ``f`` has left to the read."""
+    *others, grad_post, grad_res, grad_merged = grads
+    if f is None or grad_merged is None or not convention.post:
+        return grads
+    _, dpost, dres = chosen.branch_backward(grad_merged, streams, f, post, convention.mix, convention.rounded)
+    grad_post = dpost if grad_post is None else grad_post + dpost
+    if convention.res != "none":
+        grad_res = dres if grad_res is None else grad_res + dres
+    return others[0], others[1], grad_post, grad_res, grad_merged
 
 
 @_fake(_read_backward)
@@ -178,6 +207,7 @@ def _(
     grad_post: Tensor | None,
     grad_res: Tensor | None,
     grad_merged: Tensor | None,
+    f: Tensor | None,
     streams: Tensor,
     phi: Tensor,
     alpha: Tensor,
@@ -196,7 +226,7 @@ def _(
 
 def _read_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tensors, ctx.variant = inputs[:4], inputs[4:]
-    _, pre, post, res, _, z, r = output
+    _, pre, post, res, _, _, z, r = output
     ctx.save_for_backward(*tensors, pre, post, res, z, r)
     ctx.mark_non_differentiable(z, r)
     ctx.set_materialize_grads(False)
@@ -204,7 +234,7 @@ def _read_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 def _read_vjp(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     wants_streams = ctx.needs_input_grad[0]
-    dx, *others = _read_backward(*grads[:5], *ctx.saved_tensors, wants_streams, *ctx.variant)
+    dx, *others = _read_backward(*grads[:6], *ctx.saved_tensors, wants_streams, *ctx.variant)
     return dx if wants_streams else None, *others, *(None for _ in ctx.variant)
 
 
@@ -293,6 +323,7 @@ def _read_backward_flops(
     grad_post: Any,
     grad_res: Any,
     grad_merged: Sequence[int] | None,
+    f: Sequence[int] | None,
     streams: Sequence[int],
     phi: Sequence[int],
     *args: Any,
@@ -301,8 +332,9 @@ def _read_backward_flops(
     project, one = 2 * prod(streams[:-2]) * prod(phi), 2 * prod(streams)
     to_parameters = project + one * (grad_u is not None)
     to_streams = to_parameters + one * streams[-2] * (grad_merged is not None)
+    products = one * (streams[-2] + 1) * (f is not None)  # dpost and dres, which the merge has left
     wants_streams = bool(args[7])
-    return to_parameters + to_streams * wants_streams
+    return products + to_parameters + to_streams * wants_streams
 
 
 def _merge_carried_flops(streams: Sequence[int], *args: Any, **kwargs: Any) -> int:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,24 +67,26 @@ class Launch:
             self.kernel[self.grid](**self.arguments, **self.options)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Recorder:
     launches: list[Launch]
     run: bool
 
 
-_recorder: ContextVar[_Recorder | None] = ContextVar("_recorder", default=None)
+# Of the process and not of a thread: on a GPU autograd runs a backward in a thread of its own.
+_recorders: list[_Recorder] = []
 
 
 @contextmanager
 def record(run: bool = True) -> Iterator[list[Launch]]:
-    """The launches of the block, in order.  With ``run=False`` nothing runs, and tensors may be on ``meta``."""
+    """The launches of the block, of every thread.  With ``run=False`` nothing runs, and tensors may be on ``meta``."""
     launches: list[Launch] = []
-    token = _recorder.set(_Recorder(launches, run))
+    recorder = _Recorder(launches, run)
+    _recorders.append(recorder)
     try:
         yield launches
     finally:
-        _recorder.reset(token)
+        _recorders.remove(recorder)
 
 
 def launch(
@@ -101,7 +102,7 @@ def launch(
     # Contraction to fused multiply-adds is asked for by name: its default differs between versions of triton.
     options: Constants = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     entry = Launch(kernel, grid, reads, writes, constants, options)
-    recorder = _recorder.get()
+    recorder = _recorders[-1] if _recorders else None
     if recorder is not None:
         recorder.launches.append(entry)
     if recorder is None or recorder.run:
@@ -131,7 +132,7 @@ def check_streams(streams: Tensor, name: str = "streams") -> tuple[int, int, int
 
 
 def check_device(tensor: Tensor, name: str) -> None:
-    recorder = _recorder.get()
+    recorder = _recorders[-1] if _recorders else None
     if tensor.is_cuda or interpreted() or (recorder is not None and not recorder.run):
         return
     raise ShapeError(wrong(f"device of {name}", tensor.device, "a CUDA device", "use the plain ops elsewhere"))

@@ -6,13 +6,13 @@ itself.  A site that was lowered needs neither.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mhc_compile.kernels import plain
-from mhc_compile.kernels.convention import Coefficients, Convention
+from mhc_compile.kernels.convention import Before, Coefficients, Convention
 from mhc_compile.kernels.triton_aggregate import aggregate
 from mhc_compile.kernels.triton_coefficients import coefficients as _coefficients
 from mhc_compile.kernels.triton_coefficients import read as _read
@@ -23,9 +23,9 @@ from mhc_compile.kernels.triton_merge_backward import merge_backward as _merge_b
 from mhc_compile.kernels.triton_merge_read import merge_read as _merge_read
 from mhc_compile.kernels.triton_sinkhorn import sinkhorn as _sinkhorn
 from mhc_compile.kernels.triton_sinkhorn import sinkhorn_backward as _sinkhorn_backward
-from mhc_compile.kernels.triton_site_backward import site_backward
+from mhc_compile.kernels.triton_site_backward import crosses, site_backward
 
-__all__ = ["aggregate", "expand", "expand_backward", "readout", "readout_backward"]
+__all__ = ["aggregate", "crosses", "expand", "expand_backward", "readout", "readout_backward"]
 
 aggregate_backward = plain.aggregate_backward
 
@@ -133,14 +133,54 @@ def read_backward(
     wants_streams: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As ``site_plain.read_backward``."""
+    grads = (grad_u, grad_pre, grad_post, grad_res, grad_merged)
+    kept = (streams, phi, alpha, bias, pre, post, res, z, r)
+    dx, dphi, dalpha, dbias, _ = chain_backward(grads, None, None, None, kept, convention, wants_streams)
+    assert dx is not None and dphi is not None and dalpha is not None and dbias is not None
+    return dx, dphi, dalpha, dbias
+
+
+def chain_backward(
+    grads: tuple[Tensor | None, ...],
+    f: Tensor | None,
+    tap: Tensor | None,
+    before: Before | None,
+    kept: tuple[Tensor, ...],
+    convention: Convention,
+    wants_streams: bool,
+) -> tuple[Tensor | None, ...]:
+    """As ``read_backward``, and df of the merge ``before``, for streams that :func:`crosses` is true of.
+
+    ``grads`` and ``kept`` are the arguments of ``read_backward``.  ``f`` is what the site's branch gave, where its
+    merge left dpost and dres to this; ``tap`` is what else the streams received.
+    """
+    grad_u, grad_pre, grad_post, grad_res, grad_merged = grads
+    streams, phi, alpha, bias, *rest = kept
     has_res = convention.res != "none"
-    site = Coefficients(
+    got = site_backward(
+        streams,
+        (phi, alpha, bias),
+        _site(rest, convention),
+        convention,
+        grad=grad_merged,
+        du=grad_u,
+        grad_pre=grad_pre,
+        grad_post=grad_post if convention.post else None,
+        grad_res=grad_res if has_res else None,
+        f=f,
+        tap=tap,
+        before=before,
+    )
+    return got.streams if wants_streams else streams.new_empty(0), got.phi, got.alpha, got.bias, got.f
+
+
+def _site(kept: Sequence[Tensor], convention: Convention) -> Coefficients:
+    """What ``read`` kept: pre, post, res, z and r, of which the convention may have no post or res."""
+    pre, post, res, z, r = kept
+    has_res = convention.res != "none"
+    return Coefficients(
         pre, post if convention.post else None, res if has_res else None, z.reshape(len(z), -1), r.flatten()
     )
-    upstream: dict[str, Any] = {"grad": grad_merged, "du": grad_u, "grad_pre": grad_pre}
-    upstream |= {"grad_post": grad_post if convention.post else None, "grad_res": grad_res if has_res else None}
-    grads = site_backward(streams, (phi, alpha, bias), site, convention, **upstream)
-    return grads.streams if wants_streams else streams.new_empty(0), grads.phi, grads.alpha, grads.bias
 
 
 def merge_read(

@@ -1,20 +1,38 @@
 """The backward of a site after its branch: from du and the gradients of the coefficients to dX and the parameters.
 
-The whole backward of a site is three passes over its streams::
+The whole backward of a site is three passes over its streams.  By itself::
 
     merge_backward          G, X, f    -> df, dpost, dres              before the branch's backward
     coefficients_backward   du, X      -> d, pull                      after it; with Sinkhorn's backward
     streams_backward        G, du, X   -> dX, dphi, dalpha, dbias
 
-The product ``sum_i res_ij G_i`` is never in memory by itself.  :func:`site_backward` is the second and third.
+and in a chain of sites, where the last pass of the next site has made df already, two::
+
+    products                G, du, X, f -> dpre, dpost, dres
+    coefficients_backward   these      -> d, pull                      a few numbers a token
+    streams_backward        G, du, X   -> dX, dphi, dalpha, dbias, and df of the site before
+
+The product ``sum_i res_ij G_i`` is never in memory by itself.  :func:`site_backward` is all but ``merge_backward``.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mhc_compile.errors import ConfigError, wrong
-from mhc_compile.kernels.convention import Coefficients, Convention, SiteGradients
+from mhc_compile.kernels.convention import Before, Coefficients, Convention, SiteGradients
+
+
+def crosses(streams: Tensor, mix: str) -> bool:
+    """Whether the backward of a site with these streams and this mix goes over its border with the next.
+
+    Above four streams the kernels have other forms.  Without mixing no X is read for dres, and nothing is saved.
+    On AMD the tile of float32 that is fastest leaves no registers for df.
+    """
+    from mhc_compile.kernels.triton_launch import on_amd
+
+    return streams.shape[-2] <= 4 and mix != "identity" and not (on_amd() and streams.dtype == torch.float32)
 
 
 def site_backward(
@@ -28,6 +46,9 @@ def site_backward(
     grad_pre: Tensor | None = None,
     grad_post: Tensor | None = None,
     grad_res: Tensor | None = None,
+    f: Tensor | None = None,
+    tap: Tensor | None = None,
+    before: Before | None = None,
     packed: Tensor | None = None,
 ) -> SiteGradients:
     """The gradients of streams [..., n, C], phi [n C, columns], alpha and bias.
@@ -37,6 +58,11 @@ def site_backward(
     ``merge_backward`` returned, ``grad_pre`` what else pre received.  Any of these may be None, which is zero; with
     ``grad`` None, no merge, and the streams get the part through the coefficients and u alone (a head, or
     coefficients by themselves).
+
+    For a chain of sites whose backward :func:`crosses`: ``f`` [..., C] is what the site's own branch gave, where
+    nobody has run ``merge_backward``; ``grad_post`` and ``grad_res`` are then what else post and res received.
+    ``tap`` [..., n, C] is what else the streams received.  ``before`` is the merge that made the streams; the gradients
+    then have one for its branch, too.
     """
     from mhc_compile.kernels.triton_coefficients import check_parameters
     from mhc_compile.kernels.triton_coefficients_backward import coefficients_backward
@@ -47,16 +73,20 @@ def site_backward(
     from mhc_compile.kernels.triton_wide_backward import wide_backward
 
     _, n, features = check_streams(streams)
+    _check_chain(convention, n, grad, f, (tap, before))
     lead, phi = tuple(streams.shape[:-2]), parameters[0]
     alpha, _ = check_parameters(streams, *parameters, convention)
-    if grad is not None and convention.mix == "none":
-        raise ConfigError(wrong("grad", "a tensor", "None, as this convention has no merge", "pass du alone"))
-    if grad is not None:
-        grad = check("grad", grad, "[..., n, C]", (*lead, n, features), streams, streams.dtype)
-    if du is not None:
-        du = check("du", du, "[..., C]", (*lead, features), streams, streams.dtype)
+    def checked(name: str, tensor: Tensor | None, legal: str, *shape: int) -> Tensor | None:
+        return None if tensor is None else check(name, tensor, legal, (*lead, *shape), streams, streams.dtype)
+
+    grad, tap = (checked(*each, "[..., n, C]", n, features) for each in (("grad", grad), ("tap", tap)))
+    du = checked("du", du, "[..., C]", features)
     streams = streams.contiguous()
-    d, pull = coefficients_backward(streams, du, grad_pre, grad_post, grad_res, parameters, site, convention)
+    if f is None or grad is None:
+        to_sum, given = du, (grad_pre, grad_post, grad_res)
+    else:
+        to_sum, given = None, _with_products((grad_pre, grad_post, grad_res), grad, du, streams, f, convention)
+    d, pull = coefficients_backward(streams, to_sum, *given, parameters, site, convention)
     reads = {
         "grad": grad,
         "du": du,
@@ -70,9 +100,38 @@ def site_backward(
         "packed": pack(phi, streams) if packed is None else packed,
     }
     if n <= 4:
-        dx, dphi, sums = streams_backward({**reads, "z": site.z}, convention.mix, convention.rounded)
+        chain = {"z": site.z, "tap": tap}
+        dx, df, dphi, sums = streams_backward({**reads, **chain}, convention.mix, convention.rounded, before)
     else:
-        dx = wide_backward(reads, convention.mix, convention.rounded)
+        dx, df = wide_backward(reads, convention.mix, convention.rounded), None
         dphi, sums = phi_shares(streams, d, site.z, site.r, alpha)
     turned = phi.t().is_contiguous() and not phi.is_contiguous()
-    return SiteGradients(dx, *add_shares(dphi, sums, n, convention.groups, turned))
+    return SiteGradients(dx, *add_shares(dphi, sums, n, convention.groups, turned), df)
+
+
+def _check_chain(
+    convention: Convention, n: int, grad: Tensor | None, f: Tensor | None, more: tuple[object, object]
+) -> None:
+    if grad is not None and convention.mix == "none":
+        raise ConfigError(wrong("grad", "a tensor", "None, as this convention has no merge", "pass du alone"))
+    if f is not None and convention.mix not in ("given", "transposed"):
+        raise ConfigError(wrong("f", "a tensor", "None, as this convention has no res", "run merge_backward"))
+    if n > 4 and any(each is not None for each in (f, *more)):
+        found = f"f, tap or before with {n} streams"
+        raise ConfigError(wrong("site_backward", found, "up to 4 streams with these", "ask `crosses` first"))
+
+
+def _with_products(
+    others: tuple[Tensor | None, Tensor | None, Tensor | None],
+    grad: Tensor,
+    du: Tensor | None,
+    streams: Tensor,
+    f: Tensor,
+    convention: Convention,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of pre, post and res: what others sent, and what the streams give."""
+    from mhc_compile.kernels.triton_products import products
+
+    found = products(grad, du, streams, f, convention.transposed)
+    pre, post, res = (b if a is None else a if b is None else a + b for a, b in zip(others, found, strict=True))
+    return pre, post, res

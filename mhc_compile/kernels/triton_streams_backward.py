@@ -2,9 +2,15 @@
 
     dX_j = sum_i res_ij G_i + pre_j du + (dz @ phi^T)_j - pull X_j          dphi = vec(X)^T dz          dz = alpha d / r
 
-G, du and X are read once and dX is written once.  A program has a strip of columns of all streams, side by side in
-one tile, so that each of the two products is one for all streams.  It keeps its part of phi on chip, goes over its
-share of the tokens, and adds up its part of dphi meanwhile.  :mod:`triton_phi_backward` adds the shares, in order.
+In a chain of sites this is also the first pass of the site before, whose merge made X: its G is the dX that is on chip
+here, and
+
+    df = sum_i post_i G_i          from G as it is in memory, rounded
+
+is written beside it.  G, du and X are read once and dX is written once.  A program has a strip of columns of all
+streams, side by side in one tile, so that each of the two products is one for all streams.  It keeps its part of phi on
+chip, goes over its share of the tokens, and adds up its part of dphi meanwhile.  :mod:`triton_phi_backward` adds the
+shares, in order.
 """
 
 from __future__ import annotations
@@ -13,9 +19,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from mhc_compile.kernels.convention import Before
 from mhc_compile.kernels.triton_launch import (
     Constants,
     cdiv,
+    check,
     column_block,
     jit,
     launch,
@@ -133,6 +141,33 @@ def direct_gradient(
 
 
 @jit
+def branch_gradient(
+    grad: tl.tensor,
+    gains: tl.tensor,
+    df: tl.tensor,
+    streams: tl.tensor,
+    rows: tl.tensor,
+    strip: tl.tensor,
+    valid: tl.tensor,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    C: tl.constexpr,
+    ROUND: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+) -> None:
+    """Writes ``df = sum_i post_i G_i`` of a strip, from the tile [T, NP C] of G."""
+    stream = tl.arange(0, NP)
+    columns = strip * BLOCK_C + tl.arange(0, BLOCK_C)
+    weight_mask = valid[:, None] & (stream < N)[None, :]
+    weight = tl.load(gains + rows[:, None] * N + stream[None, :], mask=weight_mask, other=0.0)
+    weighted = for_each_column(rounded(weight, streams, ROUND), BLOCK_T, NP, BLOCK_C) * grad
+    total = tl.sum(tl.reshape(weighted, (BLOCK_T, NP, BLOCK_C)), 1)
+    mask = valid[:, None] & (columns < C)[None, :]
+    tl.store(df + rows[:, None] * C + columns[None, :], total.to(df.dtype.element_ty), mask=mask)
+
+
+@jit
 def _streams_backward(
     grad: tl.tensor,
     du: tl.tensor,
@@ -145,7 +180,10 @@ def _streams_backward(
     r: tl.tensor,
     alpha: tl.tensor,
     packed: tl.tensor,
+    tap: tl.tensor,
+    gains: tl.tensor,
     dx: tl.tensor,
+    df: tl.tensor,
     phi_shares: tl.tensor,
     sum_shares: tl.tensor,
     tokens: tl.tensor,
@@ -158,6 +196,7 @@ def _streams_backward(
     PULLS: tl.constexpr,
     MIX: tl.constexpr,
     ROUND: tl.constexpr,
+    ROUND_GAINS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -211,8 +250,28 @@ def _streams_backward(
         if MIX == "identity":
             g = tl.load(grad + t * (N * C) + rows[:, None] * (N * C) + places[None, :], mask=mask, other=0.0)
             total += g.to(tl.float32)
+        if tap is not None:
+            g = tl.load(tap + t * (N * C) + rows[:, None] * (N * C) + places[None, :], mask=mask, other=0.0)
+            total += g.to(tl.float32)
         out = dx + t * (N * C) + rows[:, None] * (N * C) + places[None, :]
-        tl.store(out, total.to(dx.dtype.element_ty), mask=mask)
+        g = total.to(dx.dtype.element_ty)
+        tl.store(out, g, mask=mask)
+        if df is not None:
+            branch_gradient(
+                g.to(tl.float32),
+                gains + t * N,
+                df + t * C,
+                streams,
+                rows,
+                strip,
+                valid,
+                N,
+                NP,
+                C,
+                ROUND_GAINS,
+                BLOCK_T,
+                BLOCK_C,
+            )
         # The sums for bias and alpha: every strip has d at hand, the first one reads z and writes.
         first = valid[:, None] & (k < K)[None, :] & (strip == 0)
         z_tile = tl.load(z + t + k[None, :].to(tl.int64) * tokens + rows[:, None], mask=first, other=0.0)
@@ -226,20 +285,32 @@ def _streams_backward(
     tl.store(sum_shares + share * (2 * K) + K + k, scale_sum, mask=first)
 
 
-def streams_backward(reads: dict[str, Tensor | None], mix: str, rounds: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """dX, and shares of dphi [shares, K, n C] and of the sums for bias and alpha [shares, 2, K].
+def streams_backward(
+    reads: dict[str, Tensor | None], mix: str, rounds: bool, before: Before | None = None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """dX, df of the merge ``before``, shares of dphi [shares, K, n C] and of bias's and alpha's sums [shares, 2, K].
 
-    ``reads`` are the arguments of the kernel of these names, checked and contiguous.
+    ``reads`` are the arguments of the kernel of these names, checked and contiguous.  No ``before``, no df.
     """
     streams, d, pull = reads["streams"], reads["d"], reads["pull"]
     assert streams is not None and d is not None and pull is not None
     n, features = streams.shape[-2:]
     tokens, columns = d.shape
-    block_t, block_c, warps, stages = streams_backward_tile(n, features, streams)
+    block_t, block_c, warps, stages = streams_backward_tile(
+        n, features, streams, before is not None, reads["tap"] is not None
+    )
     shares, chunk = share_tokens(tokens, block_t, cdiv(features, block_c), columns, streams.device)
-    dx = torch.empty(streams.shape, dtype=streams.dtype, device=streams.device)
-    dphi = torch.empty((shares, columns, n * features), dtype=torch.float32, device=streams.device)
-    sums = torch.empty((shares, 2, columns), dtype=torch.float32, device=streams.device)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=streams.device)
+
+    dx = empty(*streams.shape, dtype=streams.dtype)
+    df, gains = None, None
+    if before is not None:
+        lead = tuple(streams.shape[:-2])
+        df = empty(*lead, features, dtype=before.dtype)
+        gains = check("post of the merge before", before.post, "[..., n]", (*lead, n), streams, torch.float32)
+    dphi, sums = empty(shares, columns, n * features), empty(shares, 2, columns)
     constants: Constants = {
         "tokens": tokens,
         "chunk": chunk,
@@ -251,6 +322,7 @@ def streams_backward(reads: dict[str, Tensor | None], mix: str, rounds: bool) ->
         "PULLS": len(pull),
         "MIX": mix if reads["grad"] is not None else "none",
         "ROUND": rounds and streams.dtype != torch.float32,
+        "ROUND_GAINS": before is not None and before.rounded and streams.dtype != torch.float32,
         "PRECISION": float32_precision(),
         "BLOCK_T": block_t,
         "BLOCK_C": block_c,
@@ -259,23 +331,29 @@ def streams_backward(reads: dict[str, Tensor | None], mix: str, rounds: bool) ->
     launch(
         _streams_backward,
         (cdiv(features, block_c) * shares,),
-        reads=reads,
-        writes={"dx": dx, "phi_shares": dphi, "sum_shares": sums},
+        reads={**reads, "gains": gains},
+        writes={"dx": dx, "df": df, "phi_shares": dphi, "sum_shares": sums},
         constants=constants,
         warps=warps,
         stages=stages,
     )
-    return dx, dphi, sums
+    return dx, df, dphi, sums
 
 
-def streams_backward_tile(n: int, features: int, streams: Tensor) -> tuple[int, int, int, int]:
-    """BLOCK_T, BLOCK_C, warps and stages: the widest tile that fits into registers and, three stages of it, on chip."""
+def streams_backward_tile(
+    n: int, features: int, streams: Tensor, crossing: bool = False, tapped: bool = False
+) -> tuple[int, int, int, int]:
+    """BLOCK_T, BLOCK_C, warps and stages: the widest tile that fits into registers and, three stages of it, on chip.
+
+    ``crossing``: df is written too; ``tapped``: one array more is read.  Either halves the tokens of a float32 tile.
+    """
     wide = streams.dtype == torch.bfloat16
     if on_amd():
         return 16, column_block(features, (256 if wide else 128) // power_of_two(n)), 8, 2
     roomy = shared_memory(streams.device) >= 140 << 10  # not the case on consumer cards
     block_c = column_block(features, (256 if wide and roomy else 128) // power_of_two(n))
-    return 16 if streams.dtype == torch.float32 and not roomy else 32, block_c, 8, 3
+    few = streams.dtype == torch.float32 and (crossing or tapped or not roomy)
+    return 16 if few else 32, block_c, 8, 2 if tapped else 3
 
 
 def share_tokens(tokens: int, block_t: int, strips: int, columns: int, device: torch.device) -> tuple[int, int]:

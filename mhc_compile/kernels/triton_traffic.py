@@ -1,7 +1,8 @@
 """How many bytes launches move, read off their arguments.
 
 The unit is one stream of all tokens, T C elements: the traffic that counts, and that a site needs 18 units of forward
-and 28 backward.  All else (coefficients, phi, shares of sums) is small, and is reported in bytes.
+and 28 backward, or 14 and 24 in a chain of sites.  All else (coefficients, phi, shares of sums) is small, and is
+reported in bytes.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from mhc_compile.kernels.triton_launch import Launch
 
-# The arguments of kernels that are as long as the streams.  ``grad`` is the gradient of merged streams.
-STREAMS = frozenset({"streams", "merged", "x", "u", "f", "grad", "du", "df", "dx"})
+# The arguments of kernels that are as long as the streams.  ``grad`` is the gradient of merged streams, ``tap`` what
+# streams got from other readers.
+STREAMS = frozenset({"streams", "merged", "x", "u", "f", "grad", "du", "df", "dx", "tap"})
 
 
 @dataclass(frozen=True)

@@ -329,8 +329,8 @@ def _dtype(node: fx.Node) -> torch.dtype:
 
 
 def _carrierless(node: fx.Node) -> int:
-    """What `read` writes: not its carrier, which has one element."""
-    u, pre, post, res, _, z, r = node.meta["val"]
+    """What `read` writes: not its carriers, which have one element."""
+    u, pre, post, res, _, _, z, r = node.meta["val"]
     return sum(map(tensor_bytes, (u, pre, post, res, z, r)))
 
 

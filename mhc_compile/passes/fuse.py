@@ -6,6 +6,9 @@
 This is what no library of modules can do: the two belong to different layers. It applies where the next site, or a
 head, reads exactly what a site merged; whoever else reads X' (a tap) reads it from the new op. An op on the trunk
 between the sites, a border of recomputed blocks, or a change of grad mode between them leaves both as they are.
+
+Then the backward may cross the border as well: a fused merge whose coefficients are just those of the read before
+gets that one's carrier of f.
 """
 
 from __future__ import annotations
@@ -35,6 +38,8 @@ def fuse(gm: fx.GraphModule) -> Outcome:
     pairs = [pair for read in reads if (pair := match(read, flow)) is not None]
     for pair in pairs:
         _rewrite(emitter, pair)
+    for both in gm.graph.find_nodes(op="call_function", target=mhc.merge_read.default):
+        _carry_branch(emitter, both)
     gm.recompile()
     alone = len(reads) - len(pairs)
     note = f"{len(pairs)} of {len(reads)} reads fused with the merge before them; {alone} read something else"
@@ -79,8 +84,9 @@ def _rewrite(emitter: Emitter, pair: Pair) -> None:
     streams, f, carrier, post, res, *flags = merge.args
     flags = [*flags, False, False][:2]
     with graph.inserting_before(pair.place):
-        both = emitter.call(mhc.merge_read.default, streams, f, carrier, post, res, *flags, *read.args[1:], like=read)
-        outputs: list[Any] = [emitter.call(operator.getitem, both, place, like=read) for place in range(6)]
+        given = (streams, f, carrier, None, post, res, *flags, *read.args[1:])
+        both = emitter.call(mhc.merge_read.default, *given, like=read)
+        outputs: list[Any] = [emitter.call(operator.getitem, both, place, like=read) for place in range(9)]
     if "mhc_site" in read.meta:
         both.meta["mhc_site"] = read.meta["mhc_site"]
     for user in list(read.users):
@@ -92,3 +98,32 @@ def _rewrite(emitter: Emitter, pair: Pair) -> None:
     for output in outputs:
         if not output.users:
             graph.erase_node(output)
+
+
+# Of the ops that give a site's coefficients: which of their outputs the first of these is.
+_FIRST = {mhc.read.default: 2, mhc.merge_read.default: 3}  # post, res, the carrier, the carrier of f
+
+
+def _carry_branch(emitter: Emitter, both: fx.Node) -> None:
+    """Give a fused merge the carrier of f of the read before, if that one's post and res reach this merge alone.
+
+    What it leaves to that read is right only if the read has them from nowhere else: no op between, no other merge.
+    """
+    _, _, carrier, branch, post, res, *_ = both.args
+    assert isinstance(carrier, fx.Node)
+    if branch is not None or res is None or carrier.target is not operator.getitem:
+        return
+    source: Any = carrier.args[0]
+    first = _FIRST.get(source.target)
+    if first is None:
+        return
+
+    def is_output(node: Any, place: int) -> bool:
+        return isinstance(node, fx.Node) and node.target is operator.getitem and node.args == (source, place)
+
+    carriers = [user for user in source.users if is_output(user, first + 2)]
+    alone = [user for each in carriers for user in each.users] == [both]
+    if alone and all(is_output(node, first + i) for i, node in enumerate((post, res, carrier))):
+        with emitter.graph.inserting_after(carrier):
+            of_f = emitter.call(operator.getitem, source, first + 3, like=carrier)
+        both.update_arg(3, of_f)
