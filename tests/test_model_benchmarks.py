@@ -18,7 +18,6 @@ sys.path.append(str(ROOT))  # for the folder `benchmarks`
 
 from benchmarks import fusion, simulated_scale, train_step, turns  # noqa: E402
 from benchmarks.mixture import Mixture  # noqa: E402
-from mhc_compile.passes.cost import Device  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -195,19 +194,17 @@ def test_a_simulated_pipeline() -> None:
     assert len(costs["baseline"].sites) == 0 and len(costs["mHC"].sites) == 8
     found = {row["what"]: row for row in simulated_scale.rows("small", costs, 2, "1f1b")}
     assert found["baseline"]["overhead"] == 0.0
-    stored, replayed, op_by_op = (found[f"mHC, {kind}"] for kind in ("stored", "replayed", "replayed, an op a term"))
-    assert 0 < stored["overhead"] < replayed["overhead"] < op_by_op["overhead"]
+    stored, replayed = found["mHC, stored"], found["mHC, replayed"]
+    assert 0 < stored["overhead"] < replayed["overhead"]
     assert 0 < replayed["overhead_within"] < replayed["overhead"]
     assert max(replayed["peak_bytes"]) < max(stored["peak_bytes"])
     assert sum(map(sum, replayed["blocks"])) == 8 and not any(stored["blocks"])
-    # bytes of a site's forward and backward, in units of C: 18 + 28 compiled, 18 + 39 op by op
+    # bytes of a site's forward and backward, in units of C: 14 + 28 as it is compiled, 18 + 39 op by op
     unit = 128 * 512 * 2
-    for kind, units in (("mHC", 46), ("mHC, an op a term", 57)):
+    for kind, units in (("mHC", 42), ("mHC, an op a term", 57)):
         ops = [op for op in costs[kind].nodes.values() if op.op.startswith("mhc.") and op.site]
         moved = sum(op.bytes + op.backward_bytes for op in ops) / (8 * unit)
         assert units < moved < 1.35 * units  # phi and coefficients, which are not small at this width
-    slower = costs["mHC"].on(Device(bandwidth=1e12))
-    assert sum(map(sum, slower.seconds)) > sum(map(sum, costs["mHC"].seconds))
 
 
 def test_the_page_has_the_table_of_the_results() -> None:

@@ -9,7 +9,6 @@ plan asks for (`plan_search.Unit`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from math import sqrt
@@ -282,14 +281,6 @@ class CostModel:
         self._measured = list(seconds)
         for name in ("seconds", "units"):
             self.__dict__.pop(name, None)
-
-    def on(self, device: Device) -> CostModel:
-        """The same model on another device. Estimates follow its rates; measured times are left behind."""
-        other = copy(self)
-        other.device, other._measured = device, None
-        for name in ("nodes", "seconds", "units"):
-            other.__dict__.pop(name, None)
-        return other
 
     @property
     def timing(self) -> str:
