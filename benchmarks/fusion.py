@@ -468,7 +468,9 @@ def run_models(run: Run, options: Any, device: str) -> None:
             subject = SUBJECTS[name](options.layers, device, "eager" if options.dry else "inductor")
             row |= {"layers": options.layers, "graph": graphs(subject)}
             print(f"{name}: {row['graph']}", flush=True)
-            compile_and_run(row, subject, backends, options.rounds)
+            run.save()
+            if not options.graphs:
+                compile_and_run(row, subject, backends, options.rounds)
 
         run.part(name, all_of)
 
@@ -509,12 +511,14 @@ def tables(data: Row) -> list[Table]:
     counted = table("graph", "sites", "calls", "behind", "a site", "behind", "ops a site", "behind")
     timed = table("model", "contestant", "first call", "kernels", "forward", "and backward", "error")
     for name, row in models.items():
+        if "graph" in row:
+            graph = row["graph"]
+            numbers = [graph["before"], graph["behind"], *graph["a site"], *graph["a site, ops"]]
+            counted.add_row(name, str(graph["sites"]), *map(str, numbers))
+        if "reason" in row:
+            timed.add_row(name, row["reason"][:60])
         if "ratios" not in row:
-            counted.add_row(name, row["reason"][:60])
             continue
-        graph = row["graph"]
-        numbers = [graph["before"], graph["behind"], *graph["a site"], *graph["a site, ops"]]
-        counted.add_row(name, str(graph["sites"]), *map(str, numbers))
         clock = "wall_s" if torch.cuda.is_available() else "processor_s"
         for kind, one in row["forward"].items():
             first = f"{row['compile'][kind][clock]:.1f} s" if kind in row["compile"] else ""
@@ -523,7 +527,7 @@ def tables(data: Row) -> list[Table]:
             timed.add_row(name, kind, first, str(row["kernels"].get(kind, "")), *steps, off)
         over = [f"{row['ratios'][what].get('inductor', '')} x" for what in row["ratios"]]
         timed.add_row("", "inductor over mhc", over[0], "", *over[1:], "", end_section=True)
-    return [counted, timed]
+    return [one for one in (counted, timed) if one.row_count]
 
 
 def table(*headers: str) -> Table:
@@ -539,6 +543,7 @@ def arguments(words: list[str] | None) -> Any:
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--graphs", action="store_true", help="count calls in graphs alone, which takes seconds")
     parser.add_argument("--scale", action="store_true", help="the chain and the larger model too (always on a GPU)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing new after so long")
     parser.add_argument("--out", type=Path)

@@ -5,8 +5,8 @@ python -m benchmarks.simulated_scale --table           print the table of benchm
 python -m benchmarks.simulated_scale --write           put it into docs/pipeline.md
 
 The figures follow from sizes, from the rates of `Device` and from the schedule; they are the same in every run. The
-baseline is the same graph with plain adds. mHC is costed as it is compiled, each merge fused with the read behind it (14
-and 28 units of C a site), and again with an op for each term, as the kernels of the paper's table 2 (18 and 39).
+baseline is the same graph with plain adds. mHC is costed as it is compiled, each merge fused with the read behind it
+(14 and 28 units of C a site), and again with an op for each term, as the kernels of the paper's table 2 (18 and 39).
 """
 
 from __future__ import annotations

@@ -127,6 +127,15 @@ def test_the_fusion_of_a_model(tmp_path: Path) -> None:
     assert max(map(len, printed.splitlines())) <= 100
 
 
+def test_the_page_has_the_counts_of_the_results() -> None:
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    parts = json.loads((ROOT / "benchmarks" / "results" / "fusion_cpu.json").read_text())["parts"]
+    assert parts.keys() >= fusion.SUBJECTS.keys()
+    for name in fusion.SUBJECTS:
+        numbers = [*parts[name]["graph"]["a site"], *parts[name]["graph"]["a site, ops"]]
+        assert f"| {' | '.join([name, *map(str, numbers)])} |" in page
+
+
 def test_contestants_that_disagree_are_not_timed() -> None:
     subject = fusion.written_by_hand(1, "cpu", "eager")
     fusion.disturb(subject.others["converted"], "mhc.")
