@@ -179,14 +179,17 @@ def measure(names: list[str], setting: Setting, results: Results, rounds: int, s
             results.note(name, status="not started", reason="no time was left")
             continue
         made = guarded(results, name, lambda name=name: prepared(name, setting, right, results))
-        if made is not None:
+        # A turn by itself, so that there is a figure if the session ends before all are there to take turns.
+        if made is not None and guarded(results, name, lambda made=made: took(made, steps, results)) is not None:
             cases.append(made)
-            print(f"{name}: {results.data['cases'][name]}", flush=True)
-    for _ in range(rounds):
+            print(line(name, results.data["cases"][name]), flush=True)
+    for case in cases:
+        case.times.clear()
+    for number in range(rounds):
         for case in list(cases):
             if time.monotonic() > deadline:
                 return
-            if guarded(results, case.name, lambda case=case: took(case, steps, results)) is None:
+            if guarded(results, case.name, lambda case=case, done=number + 1: took(case, steps, results, done)) is None:
                 cases.remove(case)
     for case in cases:
         print(line(case.name, results.data["cases"][case.name]), flush=True)
@@ -242,12 +245,13 @@ def allocated() -> int:
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
 
-def took(case: Case, steps: int, results: Results) -> Case:
-    """One turn, and the figures of all so far."""
+def took(case: Case, steps: int, results: Results, rounds: int = 0) -> Case:
+    """One turn, and the figures of all so far; rounds: how many there were in turn with the other cases."""
     case.turn(steps)
     times = sorted(1e3 * one for one in case.times)
     values = {"ms": median(times), "low_ms": times[len(times) // 10], "high_ms": times[-1 - len(times) // 10]}
-    results.note(case.name, steps=len(times), **{name: round(value, 3) for name, value in values.items()})
+    rounded = {name: round(value, 3) for name, value in values.items()}
+    results.note(case.name, rounds=rounds, steps=len(times), **rounded)
     return case
 
 
