@@ -1,19 +1,22 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: tests, memory checks, and the measurements of benchmarks/kernel_times.py.
+# Everything that needs a GPU, in one command: tests, memory checks, and the measurements of benchmarks/kernel_times.py,
+# train_step.py and fusion.py.
 #
-#     bash benchmarks/gpu_session.sh [first | rest | tests]
+#     bash benchmarks/gpu_session.sh [first | rest | steps | tests]
 #
 # Run it in the root of the repository, on a machine with a CUDA device, PyTorch, Triton and pytest.  Results go to $OUT
 # (./gpu_session unless set) and are saved as they come; LIMIT is how many seconds it may take (560).
 #
 #   first   compile; a site at the headline shapes; tests; memory checks; every op there; other shapes, if time is left
 #   rest    go on with the measurements of $OUT/kernels.json or benchmarks/results/kernels_$NAME.json where they ended
+#   steps   whole models: training steps of 1B parameters (train_step.json), and models that are mHC (fusion.json)
 #   tests   tests and memory checks alone
 #
 # The peers come from .peers/peers.tar.xz, where benchmarks/pack_peers.sh puts them; without that file they are reported
 # as missing.  Where commands are run on a lent machine that gets a copy of the working tree: `.peers` in the ignored
 # paths that travel, this as the command, and 600 seconds.  Afterwards copy kernels.json to
-# benchmarks/results/kernels_$NAME.json and run `python -m benchmarks.kernel_table --write`.
+# benchmarks/results/kernels_$NAME.json and run `python -m benchmarks.kernel_table --write`, and train_step.json and
+# fusion.json to benchmarks/results/train_step_$NAME.json and fusion_$NAME.json.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-first}
@@ -117,13 +120,22 @@ rest)
     compile_ahead "${others[@]}"
     measure "$(left)" --seconds $(($(left) - 20))
     ;;
+steps)
+    # What follows from time and memory first; a model of transformers is named as missing where the package is.
+    within 400 python3 -m benchmarks.train_step --seconds 330 --out "$OUT/train_step.json" 2>&1 |
+        tee "$OUT/train_step.log"
+    say "training steps (exit code ${PIPESTATUS[0]})"
+    within "$(left)" python3 -m benchmarks.fusion --seconds $(($(left) - 60)) --out "$OUT/fusion.json" \
+        2>&1 | tee "$OUT/fusion.log"
+    say "fusion (exit code ${PIPESTATUS[0]})"
+    ;;
 tests)
     compile_ahead dry
     run_tests
     check_memory
     ;;
 *)
-    echo "gpu_session.sh $what: legal are first, rest, tests" >&2
+    echo "gpu_session.sh $what: legal are first, rest, steps, tests" >&2
     exit 2
     ;;
 esac

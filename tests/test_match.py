@@ -103,6 +103,20 @@ def test_float32_agrees_with_eager(name: str) -> None:
     assert_near(after(*before.arguments)[0], model(x), 1e-6)
 
 
+def test_a_slice_behind_a_cache_that_holds_nothing() -> None:
+    """`cat` takes an empty tensor of one axis beside any others."""
+
+    class Cached(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            held = torch.cat([torch.tensor([], dtype=x.dtype), x, x], dim=-2)
+            return super().forward(held[:, :TOKENS])
+
+    before = captured(Cached)
+    after, found, _ = matched(before.graph)
+    assert found.ops == BLOCKS["spec"].found
+    assert_same_function(before.graph, after, before.arguments)
+
+
 def assert_near(actual: Tensor, expected: Tensor, bound: float) -> None:
     assert (actual - expected).abs().max() <= bound * expected.abs().max()
 

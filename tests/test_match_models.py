@@ -135,6 +135,27 @@ def test_every_site_and_exit_is_found_and_computes_the_same(name: str, train: bo
     assert not any(divides_matrices(node) for graph in backend.graphs for node in graph.graph.nodes)
 
 
+@pytest.mark.slow
+def test_decoding_with_a_cache_gives_the_logits_of_eager() -> None:
+    """One layer: the first call joins its keys to a cache that is an empty tensor of one axis."""
+    model, inputs = model_of("deepseek_v4", train=False)
+    del model.model.layers[1:]
+    ids, backend = inputs["input_ids"], Backend()
+    results = []
+    for call in (model, torch.compile(model, backend=backend, fullgraph=True)):
+        cache, logits = None, []
+        for tokens in (ids, ids[:, :1]):
+            with torch.no_grad():
+                output = call(input_ids=tokens, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits.append(output.logits[:, -1])
+        results.append(torch.stack(logits))
+    eager, ours = results
+    assert len(backend.found) == 2 and backend.ops == dict(coefficients=6, sinkhorn=4, aggregate=6, merge=4)
+    assert distance({"logits": ours}, {"logits": eager}) < 1e-5
+    assert float((eager[0] - eager[1]).abs().max()) > 1e-2  # what is compared are not two times the same
+
+
 def divides_matrices(node: fx.Node) -> bool:
     """A step of a Sinkhorn chain."""
     return packet(node) is aten.div and tuple(node.meta["val"].shape[-2:]) == (4, 4)

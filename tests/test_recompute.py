@@ -27,8 +27,11 @@ from mhc_compile.passes.lower import lower
 from mhc_compile.passes.plan_search import least_blocks
 from mhc_compile.passes.recompute import Blocks, equal_blocks, fingerprint, tag
 from mhc_compile.trace import Rewritten, rewritten
+from test_cost import WIDTH as CHAIN_WIDTH
+from test_cost import Chain
 
 SITES, LENGTH, WIDTH = 16, 16, 32
+ODD = 61
 TOLERANCE = 0.02
 
 
@@ -50,10 +53,16 @@ def chain(sites: int = SITES) -> tuple[nn.Module, dict[str, Any]]:
     return GPT2LMHeadModel(config).train(), dict(input_ids=ids, use_cache=False)
 
 
+def odd_chain() -> tuple[nn.Module, tuple[Tensor]]:
+    """Norm, product, activation and product 61 times."""
+    torch.manual_seed(0)
+    return Chain(ODD), (torch.randn(2, LENGTH, CHAIN_WIDTH),)
+
+
 @cache
 def graph_of(name: str) -> Rewritten:
     """The rewritten graph of a converted model with random mHC weights."""
-    model, inputs = chain() if name == "chain" else zoo_model(name)
+    model, inputs = {"chain": chain, "odd chain": odd_chain}.get(name, partial(zoo_model, name))()
     mhc_compile(model.train(), 4, backend="aot_eager", example_inputs=inputs)
     randomize(model)
     return rewritten(model, inputs)
@@ -147,6 +156,19 @@ def test_a_chain_keeps_what_is_predicted_and_its_gradients_are_the_same_bits(len
     assert heavy(replayed.backward) == heavy(stored.backward)
     merges = replayed.backward["mhc.merge.default"]
     assert merges == SITES - len(blocks)  # all states but those kept, and the one that nothing needs
+
+
+@pytest.mark.parametrize("length", [3, *(pytest.param(one, marks=pytest.mark.slow) for one in (8, ODD))])
+def test_a_chain_of_61_sites_keeps_what_is_predicted(length: int) -> None:
+    """An odd number, which most lengths do not divide: the last block is shorter."""
+    made = graph_of("odd chain")
+    blocks = equal_blocks(made.graph, length)
+    assert [len(block) for block in blocks] == [length] * (ODD // length) + [ODD % length] * bool(ODD % length)
+    replayed = step(made, partial(tag, blocks=blocks))
+    assert replayed.kept == pytest.approx(predicted(costs_of("odd chain"), blocks), rel=TOLERANCE)
+    assert replayed.kept < 0.9 * stored_step("odd chain").kept
+    assert replayed.is_bitwise(stored_step("odd chain"))
+    assert replayed.backward["mhc.merge.default"] == ODD - len(blocks)
 
 
 def test_the_blocks_of_a_plan_keep_what_it_says() -> None:

@@ -188,6 +188,8 @@ class Reader:
             value = tensor_of(piece)
             if value is None or value.dtype != tensor_of(joined).dtype:  # type: ignore[union-attr]
                 return factor
+            if value.dim() != len(factor.slots):
+                continue  # the one that `cat` allows: an empty tensor of one axis, as of a cache that holds nothing yet
             size = _whole(value.shape[dim])
             if start + length <= size:
                 return self._inside(piece, factor, dim, Slot(slot.axes, start), inner)
