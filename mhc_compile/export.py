@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
-from torch.export.graph_signature import OutputKind, TensorArgument
+from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
-from mhc_compile.codegen.program import as_program
+from mhc_compile.codegen.program import as_program, drop_assertions
 from mhc_compile.conversion import PENDING, conversion, is_converted
 from mhc_compile.errors import ConfigError, ExportError, wrong
 from mhc_compile.example_inputs import as_call, derive
@@ -58,6 +58,11 @@ class ONNXFile:
         lines += [f"weights: {self.data}"] if self.data else []
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
+    def as_dict(self) -> dict[str, Any]:
+        """The same as dicts and lists, for JSON."""
+        paths = {"path": str(self.path), "data": None if self.data is None else str(self.data)}
+        return {**asdict(self), **paths, "sites": list(self.sites), "notes": list(self.notes)}
+
 
 def export_onnx(
     model: nn.Module,
@@ -86,7 +91,7 @@ def export_onnx(
     """
     writer = _writer()
     target = _checked(Path(path))
-    _check_model(model)
+    _check_arguments(model, dynamic)
     refuse_sharded(model)
     args, kwargs = pytree.tree_map_only(
         torch.Tensor, lambda one: one.detach().clone(), as_call(derive(model) if inputs is None else inputs)
@@ -97,8 +102,9 @@ def export_onnx(
         program, found = _program(model, source, args, kwargs)
     notes += found
     sites = tuple(dict.fromkeys(_sites(program)))
-    properties = {"mhc_compile.sites": str(len(sites)), "mhc_compile.names": " ".join(sites)}
-    written = writer.write(program, target, _output_names(source), properties, external_data)
+    properties = {"mhc_compile.sites": " ".join(sites)}
+    names = _input_names(source), _output_names(source)
+    written = writer.write(program, target, names, properties, external_data)
     facts = (written.calls, written.inputs, written.outputs, written.data)
     return ONNXFile(target, writer.OPSET, sites, *facts, tuple(notes))
 
@@ -115,7 +121,7 @@ def _writer() -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith(("onnx", "ml_dtypes")):
             raise
-        step = f"pip install {EXTRA}"
+        step = f"pip install '{EXTRA}'"
         raise ExportError(wrong("the package " + error.name, "not installed", "the extra onnx", step)) from error
     return onnx
 
@@ -127,7 +133,10 @@ def _checked(path: Path) -> Path:
     return path
 
 
-def _check_model(model: object) -> None:
+def _check_arguments(model: object, dynamic: object) -> None:
+    if not isinstance(dynamic, bool | Mapping | tuple | list | ShapesCollection):
+        legal = "True, False, or dynamic_shapes as for torch.export.export"
+        raise ConfigError(wrong("dynamic", repr(dynamic), legal, "True frees all that the model leaves free"))
     if not isinstance(model, nn.Module):
         raise ConfigError(wrong("model", f"a {type(model).__name__}", "an nn.Module", "pass the converted model"))
     if PENDING in model.__dict__:
@@ -177,6 +186,7 @@ def _program(
     if is_converted(model):
         result = rewrite_captured(model, captured)
         return as_program(result.graph, result.arguments, source), []
+    drop_assertions(captured.graph)
     found: list[Matches] = []
     run_passes(captured.graph, match_passes(found))
     (matches,) = found
@@ -192,6 +202,12 @@ def _sites(program: ExportedProgram) -> Iterator[str]:
     for node in program.graph.nodes:
         if node.target is torch.ops.mhc.merge.default and "mhc_site" in node.meta:
             yield node.meta["mhc_site"]
+
+
+def _input_names(program: ExportedProgram) -> list[str]:
+    """The names of the tensors that the model is called with."""
+    arguments = [one.arg for one in program.graph_signature.input_specs if one.kind is InputKind.USER_INPUT]
+    return [arg.name for arg in arguments if isinstance(arg, TensorArgument)]
 
 
 def _output_names(program: ExportedProgram) -> list[str]:

@@ -51,13 +51,13 @@ class Written:
 def write(
     program: torch.export.ExportedProgram,
     path: Path,
-    output_names: Sequence[str],
+    names: tuple[Sequence[str], Sequence[str]],
     properties: Mapping[str, str],
     external_data: bool,
 ) -> Written:
     """Write a program of level-1 ops to an ONNX file.
 
-    output_names: of the program's tensor outputs. properties: go into the file's metadata. external_data: put the
+    names: of the program's tensor inputs and outputs. properties: go into the file's metadata. external_data: put the
     weights into `path.data` even if a file could hold them. Raises ExportError for an op that torch's exporter cannot
     translate.
     """
@@ -68,12 +68,13 @@ def write(
                 program,
                 dynamo=True,
                 opset_version=OPSET,
-                output_names=list(output_names),
+                input_names=list(names[0]),
+                output_names=list(names[1]),
                 custom_translation_table=table.translations(),
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            raise _untranslated(program, error) from error
+            raise _untranslated(error) from error
     model = made.model
     for function, _ in table.used.values():
         attached = ir.serde.deserialize_function(function.proto())
@@ -220,28 +221,31 @@ def _schema(function: Function) -> Any:
     )
 
 
-_NO_FUNCTION = re.compile(r"OpOverload\(op='([^']+)', overload='([^']+)'\)")
-_NODE = re.compile(r"Error when translating node %(\S+)")
-
-
-def _untranslated(program: torch.export.ExportedProgram, error: Exception) -> ExportError:
+def _untranslated(error: Exception) -> ExportError:
     """Which op stopped torch's exporter, and where the model's source has it."""
-    chain, cause = [], error
-    while cause is not None:
-        chain.append(str(cause))
-        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
-    text = "\n".join(chain)
-    overload, node = _NO_FUNCTION.search(text), _NODE.search(text)
-    op = f"{overload[1]}.{overload[2]}" if overload else node[1] if node else str(error).splitlines()[0]
-    nodes = list(program.graph.nodes)
-    places = [one for one in nodes if str(one.target) == op] or [one for one in nodes if node and one.name == node[1]]
+    node = _stopped_at(error)
+    if node is None:
+        reason = str(error).strip().splitlines()[0]
+        return ExportError(f"torch.onnx.export does not translate the model: {reason}")
+    op = str(node.meta.get("original_aten") or node.target)
     legal = "an op that torch.onnx.export(dynamo=True) translates"
-    step = "write that line in other ops, or convert the model with an implementation that does not use it"
-    return ExportError(wrong("an op of the model", f"{op}, which has no ONNX form", legal, step), _line(places))
+    step = "write that line in other ops"
+    if "grouped_mm" in op:  # how transformers computes a mixture of experts by default
+        step = "call model.set_experts_implementation('batched_mm') before the conversion"
+    message = wrong("an op of the model", f"{op}, which has no ONNX form", legal, step)
+    return ExportError(message, source_line(node) or None)
 
 
-def _line(nodes: Sequence[torch.fx.Node]) -> str | None:
-    return next((line for node in nodes if (line := source_line(node))), None)
+def _stopped_at(error: BaseException) -> torch.fx.Node | None:
+    """The node that the exporter was at: its messages have the name, which does not lead back to the model's source."""
+    found = None
+    frame = error.__traceback__
+    while frame is not None:
+        node = frame.tb_frame.f_locals.get("node")
+        found = node if isinstance(node, torch.fx.Node) else found
+        frame = frame.tb_next
+    below = error.__cause__
+    return found if found is not None or below is None else _stopped_at(below)
 
 
 # ---------------------------------------------------------------------------------------------- names
@@ -283,9 +287,10 @@ def _name_sizes(model: Any) -> None:
     for value in values:
         if value.shape is not None:
             for axis, size in enumerate(_shape(value)):
-                if isinstance(size, str):
+                if isinstance(size, str) and size != "?":  # without a name it stays: equal names mean equal sizes
                     value.shape[axis] = ir.SymbolicDim(symbol.sub(lambda found: names[found[1]], size))
 
 
 def _shape(value: Any) -> tuple[int | str, ...]:
-    return tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+    """Sizes by number or name; "?" for one that has neither."""
+    return tuple(size if isinstance(size, int) else size.value or "?" for size in value.shape)

@@ -35,10 +35,8 @@ def as_program(graph: fx.GraphModule, arguments: Sequence[Any], source: Exported
             graph.graph.erase_node(node)
         elif "mhc_site" in node.meta:
             node.meta["custom"] = {**node.meta.get("custom", {}), SITE: node.meta["mhc_site"]}
-    state, added = _added(graph.graph, arguments, source)
-    signature = ExportGraphSignature(
-        [*added, *source.graph_signature.input_specs], _outputs(graph.graph, source.graph_signature)
-    )
+    state, inputs = _inputs(graph.graph, arguments, source.graph_signature)
+    signature = ExportGraphSignature(inputs, _outputs(graph.graph, source.graph_signature))
     return ExportedProgram(
         root=graph,
         graph=graph.graph,
@@ -52,22 +50,37 @@ def as_program(graph: fx.GraphModule, arguments: Sequence[Any], source: Exported
     )
 
 
-def _added(
-    graph: fx.Graph, arguments: Sequence[Any], source: ExportedProgram
+def drop_assertions(graph: fx.GraphModule) -> None:
+    """Take out torch.export's checks of dtypes: they read values inside of what the matcher replaces as a whole."""
+    for node in list(graph.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.graph.erase_node(node)
+
+
+def _inputs(
+    graph: fx.Graph, arguments: Sequence[Any], signature: ExportGraphSignature
 ) -> tuple[dict[str, torch.Tensor], list[InputSpec]]:
-    """The parameters that the source does not have, now first of the graph's inputs as programs want it."""
-    known = {spec.arg.name for spec in source.graph_signature.input_specs}
-    placeholders = graph.find_nodes(op="placeholder")
-    first = next(iter(graph.nodes))
-    state, specs = {}, []
-    for node, value in zip(list(placeholders), arguments, strict=True):
+    """The parameters that the rewrite added, and the signature's inputs with them in front, as programs want it.
+
+    The graph has the inputs of the program that it was captured from, though not always by their names (fx calls an
+    `input` otherwise), and behind them those that were added.
+    """
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    for node, value in zip(placeholders, arguments, strict=True):
         node.meta.setdefault("val", None if isinstance(value, torch.Tensor) else value)  # captures leave out constants
+    first, known = placeholders[0], len(signature.input_specs)
+    kept = [
+        replace(spec, arg=replace(spec.arg, name=node.name))
+        for spec, node in zip(signature.input_specs, placeholders[:known], strict=True)
+    ]
+    state, added = {}, []
+    for node, value in zip(placeholders[known:], arguments[known:], strict=True):
         record = graph_input(node)
-        if node.name not in known and record is not None:
-            state[record.path] = value
-            specs.append(InputSpec(InputKind.PARAMETER, TensorArgument(node.name), record.path))
-            first.prepend(node)
-    return state, specs
+        assert record is not None
+        state[record.path] = value
+        added.append(InputSpec(InputKind.PARAMETER, TensorArgument(node.name), record.path))
+        first.prepend(node)
+    return state, [*added, *kept]
 
 
 def _outputs(graph: fx.Graph, signature: ExportGraphSignature) -> list[OutputSpec]:

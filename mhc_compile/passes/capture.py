@@ -140,7 +140,7 @@ def captured_from(program: torch.export.ExportedProgram, args: Sequence[Any], kw
         spec = specs[node.name]
         lifted = spec.target is not None
         arguments.append(state[str(spec.target)] if lifted else next(values))
-        examples.append(node.meta["val"])
+        examples.append(_torch.settled(node.meta["val"]))
         kind = spec.kind.name.lower() if lifted else "input"
         node.meta["mhc_input"] = GraphInput(kind if kind in ("parameter", "buffer") else "input", spec.target or "")
     return Captured(normalize(program.graph_module, examples), tuple(arguments))
