@@ -13,6 +13,7 @@ from mhc_compile.errors import (
     ShapeError,
 )
 from mhc_compile.explain import explain
+from mhc_compile.export import export_onnx
 from mhc_compile.hyper_connection import HyperConnection
 from mhc_compile.monitor import composite_gains, gain, observe
 from mhc_compile.owning_backend import Backend
@@ -38,6 +39,7 @@ __all__ = [
     "composite_gains",
     "cost_model",
     "explain",
+    "export_onnx",
     "gain",
     "history",
     "load",

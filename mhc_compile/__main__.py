@@ -1,4 +1,4 @@
-"""The command line: `mhc-compile explain`, `verify`, `convert` and `demo`."""
+"""The command line: `mhc-compile explain`, `verify`, `convert`, `export` and `demo`."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_explain(commands)
     _add_verify(commands)
     _add_convert(commands)
+    _add_export(commands)
     _add_demo(commands)
     return parser
 
@@ -118,6 +119,23 @@ def _add_convert(commands: Any) -> None:
         )
     _add_seed(convert)
     convert.set_defaults(run=_convert)
+
+
+def _add_export(commands: Any) -> None:
+    export = _model_command(
+        commands,
+        "export",
+        "write a model with mHC to an ONNX file",
+        "Write a converted model, or one that is mHC by itself, to an ONNX file; each site is a group of calls named "
+        "after it. With --n a plain model is converted first. The weights are random, or those of the directory.",
+        "is not used",
+        "mhc-compile export saved-mhc --out model.onnx\n  mhc-compile export gpt2 --n 4 --out gpt2.onnx",
+    )
+    export.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write")
+    export.add_argument("--n", type=int, help="convert the model to so many streams first")
+    export.add_argument("--fixed", action="store_true", help="fix all sizes to those of the example inputs")
+    _add_seed(export)
+    export.set_defaults(run=_export)
 
 
 def _add_demo(commands: Any) -> None:
@@ -246,6 +264,22 @@ def _convert(options: argparse.Namespace) -> int:
         "load": load,
     }
     _print(written if options.json else _in_words(written))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from mhc_compile.convert import mhc_compile
+    from mhc_compile.export import export_onnx
+
+    with _only_json(options.json):
+        built, inputs = _seeded(options)
+        model = built.model
+        if options.n is not None:
+            with _progress(f"converting {type(model).__name__} to n = {options.n}"):
+                mhc_compile(model, n=options.n, example_inputs=inputs)
+        with _progress(f"writing {options.out}"):
+            written = export_onnx(model, inputs, options.out, dynamic=not options.fixed)
+    _print(written.as_dict() if options.json else written)
     return 0
 
 

@@ -309,6 +309,22 @@ def record_opaque(
     return result
 
 
+def settled(value: object) -> object:
+    """A fake tensor whose sizes are ints where a guard has made them constants; any other value as it is."""
+    if not isinstance(value, FakeTensor):
+        return value
+    sizes, strides = ([_constant(one) for one in numbers] for numbers in (value.shape, value.stride()))
+    if all(new is old for new, old in zip((*sizes, *strides), (*value.shape, *value.stride()), strict=True)):
+        return value
+    with value.fake_mode:
+        return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+
+
+def _constant(size: int | torch.SymInt) -> int | torch.SymInt:
+    known = None if isinstance(size, int) else size.node.maybe_as_int()
+    return size if known is None else known
+
+
 def size_hint(size: int | torch.SymInt) -> int:
     """The size seen when the graph was captured, for a symbolic size too; installs no guard."""
     return size if isinstance(size, int) else int(size.node.hint)

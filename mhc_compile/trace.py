@@ -36,10 +36,11 @@ def rewritten(model: nn.Module, inputs: Any = None) -> Rewritten:
     """Capture a converted model just in time for `inputs` and rewrite it with the parameters it has now."""
     refuse_sharded(model)
     args, kwargs = as_call(derive(model) if inputs is None else inputs)
-    return _rewrite(model, just_in_time(plain_forward(model), model, args, kwargs))
+    return rewrite_captured(model, just_in_time(plain_forward(model), model, args, kwargs))
 
 
-def _rewrite(model: nn.Module, captured: Captured) -> Rewritten:
+def rewrite_captured(model: nn.Module, captured: Captured) -> Rewritten:
+    """Rewrite a captured call of a converted model's plain forward with the parameters that the model has now."""
     record = conversion(model).record
     if record.config.n == 1:
         analysis = analyze(captured.graph, tie_shared=record.config.tie_shared)
@@ -123,23 +124,30 @@ def _check_inputs(traced: list[tuple[str, Any]], given: list[Any]) -> None:
             raise ShapeError(wrong(f"input {name}", f"{list(value.shape)} {value.dtype}", legal, step))
 
 
+def without_mhc(model: nn.Module) -> nn.Module:
+    """The plain model behind a converted one: it shares all modules with it, but not the tree of sites."""
+    state = conversion(model)
+    plain = copy.copy(model)
+    plain.__dict__["_modules"] = {name: child for name, child in model._modules.items() if name != TREE}
+    del plain.__dict__[STATE]
+    plain.__class__ = state.original
+    return plain
+
+
 def trace(model: nn.Module, inputs: Any = None, *, dynamic_shapes: Any = None) -> TracedModel:
     """The converted model as one rewritten graph, through torch.export: the door for exporting and planning.
 
     inputs, dynamic_shapes: as for `mhc_compile` and `torch.export.export`. Raises CaptureError when torch.export
     refuses the model, RewriteError when the model is not converted.
     """
-    state = conversion(model)
+    conversion(model)
     refuse_sharded(model)
     args, kwargs = as_call(derive(model) if inputs is None else inputs)
-    plain = copy.copy(model)
-    plain.__dict__["_modules"] = {name: child for name, child in model._modules.items() if name != TREE}
-    del plain.__dict__[STATE]
-    plain.__class__ = state.original
+    plain = without_mhc(model)
     captured, out_spec = inside(ahead_of_time)(plain, args, kwargs, dynamic_shapes)
     if out_spec is None:
-        raise CaptureError(f"torch.export gives no output structure for {state.original.__name__}")
-    result = _rewrite(model, captured)
+        raise CaptureError(f"torch.export gives no output structure for {type(plain).__name__}")
+    result = rewrite_captured(model, captured)
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(plain.forward).parameters.values()
     names = tuple(parameter.name for parameter in parameters if parameter.kind in positional)

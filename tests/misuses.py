@@ -38,6 +38,7 @@ from mhc_compile import (
     ShapeError,
     composite_gains,
     explain,
+    export_onnx,
     gain,
     history,
     load,
@@ -1106,6 +1107,21 @@ def verify_of_a_plain_model(_: Path) -> Situation:
 @misuse(TOOLS, RewriteError, "Net is not converted", "a converted model", CONVERT_FIRST)
 def trace_of_a_plain_model(_: Path) -> Situation:
     return not_converted(lambda model: trace(model, X))
+
+
+@misuse(TOOLS, ExportError, "Net is a model without mHC", "a converted model, or one that is mHC", CONVERT_FIRST)
+def onnx_of_a_plain_model(folder: Path) -> Situation:
+    return not_converted(lambda model: export_onnx(model, X, folder / "model.onnx"))
+
+
+@misuse(TOOLS, ConfigError, "path is", "a file in a folder that exists", "create the folder, or name a file")
+def onnx_into_a_folder_that_is_missing(folder: Path) -> Situation:
+    return not_converted(lambda model: export_onnx(model, X, folder / "missing" / "model.onnx"))
+
+
+@misuse(TOOLS, ConfigError, "dynamic is 'batch'", "True, False, or dynamic_shapes", "True frees all")
+def onnx_with_sizes_of_a_wrong_type(folder: Path) -> Situation:
+    return not_converted(lambda model: export_onnx(model, X, folder / "model.onnx", dynamic="batch"))
 
 
 @misuse(TOOLS, RewriteError, "Net is not converted", "a converted model", CONVERT_FIRST)

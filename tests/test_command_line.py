@@ -339,6 +339,17 @@ def test_convert_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "mhc_compile.load('out/model.pt', my_models.plain())" in out
 
 
+def test_export_converts_first_where_it_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "export", "my_models:pair", "--n", "2", "--out", "pair.onnx", "--json")
+    written = json.loads(out)
+    assert status == 0 and Path("pair.onnx").is_file()
+    assert written["sites"] == ["0.first", "0.second", "1.first", "1.second"]
+    assert written["inputs"] == {"input": ["batch", "input_1", 16]} and written["calls"]["Merge"] == 4
+    status, out, err = run(capsys, "export", "my_models:pair", "--out", "plain.onnx")
+    assert (status, out) == (2, "my own words\n") and "a model without mHC" in err
+    assert not Path("plain.onnx").exists()
+
+
 def test_the_seed_decides_the_weights(capsys: pytest.CaptureFixture[str]) -> None:
     weights = []
     for out, seed in (("a", []), ("b", ["--seed", "0"]), ("c", ["--seed", "1"])):

@@ -114,6 +114,18 @@ def test_the_code_of_the_readme_runs() -> None:
     assert not hasattr(names["model"], "mhc"), "restored at the end"
 
 
+def test_the_onnx_of_the_page_on_inspecting_runs(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "inspecting.md").read_text(encoding="utf-8")
+    section = text.partition("## ONNX\n")[2]
+    section, _, _ = section.partition("\n## ")
+    names: dict[str, Any] = {}
+    for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+        exec(compile(code, "inspecting.md", "exec"), names)
+    printed = capsys.readouterr().out.strip()
+    assert f"```\n{printed}\n```" in section
+
+
 def test_every_reason_is_documented() -> None:
     text = (ROOT / "docs" / "finding.md").read_text(encoding="utf-8")
     reasons = {

@@ -110,13 +110,28 @@ def ahead_of_time(
 
     Also gives the structure of the model's output. Raises CaptureError when torch.export refuses the model.
     """
+    program = exported(model, args, kwargs, dynamic_shapes)
+    return captured_from(program, args, kwargs), program.call_spec.out_spec
+
+
+def exported(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic_shapes: Any = None
+) -> torch.export.ExportedProgram:
+    """What `torch.export` (non-strict) makes of `model(*args, **kwargs)`.
+
+    Raises CaptureError when it refuses the model.
+    """
     with torch.enable_grad():
         try:
-            program = torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False)
+            return torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False)
         except MHCError:
             raise
         except Exception as error:
             raise CaptureError(misfit(model, args, kwargs, error) or _refused_export(model, error)) from error
+
+
+def captured_from(program: torch.export.ExportedProgram, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
+    """The graph of an exported program in the language of the passes, with the arguments it was exported for."""
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
     values = iter(pytree.tree_leaves((tuple(args), dict(kwargs))))
     state = {**program.state_dict, **program.constants}
@@ -125,11 +140,10 @@ def ahead_of_time(
         spec = specs[node.name]
         lifted = spec.target is not None
         arguments.append(state[str(spec.target)] if lifted else next(values))
-        examples.append(node.meta["val"])
+        examples.append(_torch.settled(node.meta["val"]))
         kind = spec.kind.name.lower() if lifted else "input"
         node.meta["mhc_input"] = GraphInput(kind if kind in ("parameter", "buffer") else "input", spec.target or "")
-    captured = Captured(normalize(program.graph_module, examples), tuple(arguments))
-    return captured, program.call_spec.out_spec
+    return Captured(normalize(program.graph_module, examples), tuple(arguments))
 
 
 def _refused_export(model: nn.Module, error: Exception) -> str:
@@ -299,6 +313,8 @@ __all__ = [
     "Captured",
     "GraphInput",
     "ahead_of_time",
+    "captured_from",
+    "exported",
     "graph_input",
     "just_in_time",
     "normalize",

@@ -11,7 +11,7 @@ _PACKAGE = Path(__file__).parents[1]
 _FRAME = re.compile(
     r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)(?:\n(?!\s*File ")\s*(?P<code>[^\n]*))?'
 )
-_ROOT = re.compile(r"^(L\['self'\]|L__self__|self)\.?")
+_ROOT = re.compile(r"^(L\['self'\]|L__self__|self(?!\w))\.?")  # not the start of self_attn
 # What torch puts around a module: a block that is checkpointed or compiled later keeps the names of its sites.
 _WRAPPERS = frozenset({"_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module"})
 _MODULES_ITEM = re.compile(r"(?:\._modules|\['_modules'\])\['([^']+)'\]|\[['\"]?([^'\"\]]+)['\"]?\]")
