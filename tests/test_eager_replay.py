@@ -12,6 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from graphs import float_outputs, randomize, zoo_model
 from mhc_compile import history, mhc_compile
+from mhc_compile.kernels.replay_ops import replay_block
 from mhc_compile.passes import eager_replay
 from mhc_compile.passes.eager_replay import replaying
 from mhc_compile.passes.emit import copy_graph
@@ -53,9 +54,32 @@ def assert_same_bits(found: list[Tensor], right: list[Tensor]) -> None:
 
 @pytest.mark.parametrize(("name", "length"), [("llama", 1), ("llama", 2), ("llama", 100), ("gpt2", 2), ("t5", 3)])
 def test_same_bits(name: str, length: int) -> None:
+    """Whether each op is replayed by itself, as on a CPU, or the states of a block at once, as on a GPU."""
     one = zoo_pair(name)
     graph = tagged(one, length)
-    assert_same_bits(gradients(replaying(graph), one), gradients(graph, one))
+    right = gradients(graph, one)
+    for whole_blocks in (False, True):
+        assert_same_bits(gradients(replaying(graph, whole_blocks), one), right)
+
+
+@pytest.mark.parametrize("length", [2, 3, 6])
+def test_a_block_is_replayed_at_once(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last state is kept, or needed by nothing: one merge and one aggregate less than sites, and the first u."""
+    calls: list[tuple[int, int]] = []
+
+    def watched(streams: Tensor, f: Any, post: Any, res: Any, pre: Any, *variant: bool) -> Any:
+        made = replay_block(streams, f, post, res, pre, *variant)
+        calls.append((len(made[0]), len(made[1])))
+        return made
+
+    one = zoo_pair("llama")
+    graph = tagged(one, length)
+    right = gradients(graph, one)
+    monkeypatch.setattr(eager_replay, "replay_block", watched)
+    assert_same_bits(gradients(replaying(graph), one), right)
+    assert calls == []
+    assert_same_bits(gradients(replaying(graph, whole_blocks=True), one), right)
+    assert calls == [(length - 1, length)] * (len(one.sites) // length)
 
 
 def test_with_dropout_and_twice() -> None:
@@ -65,15 +89,18 @@ def test_with_dropout_and_twice() -> None:
     one = pair(model.train(), (), inputs)
     assert any("dropout" in str(node.target) for node in one.level_1.graph.nodes)
     graph = tagged(one, 2)
-    assert_same_bits(gradients(replaying(graph), one, times=2), gradients(graph, one, times=2))
+    right = gradients(graph, one, times=2)
+    for whole_blocks in (False, True):
+        assert_same_bits(gradients(replaying(graph, whole_blocks), one, times=2), right)
 
 
 def test_under_autocast() -> None:
     one = zoo_pair("llama")
     graph = tagged(one, 2)
     with torch.autocast("cpu", torch.bfloat16):
-        found = gradients(replaying(graph), one)
-        assert_same_bits(found, gradients(graph, one))
+        right = gradients(graph, one)
+        for whole_blocks in (False, True):
+            assert_same_bits(gradients(replaying(graph, whole_blocks), one), right)
 
 
 def test_without_gradients() -> None:
