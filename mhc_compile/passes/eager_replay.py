@@ -119,6 +119,13 @@ class _Name:
     offset: int
 
 
+@dataclass
+class _Held:
+    """A tensor that autograd keeps as it is, or the name that it has once the op that saved its own result has run."""
+
+    value: Tensor | _Name
+
+
 def _identity(tensor: Tensor) -> StorageWeakRef:
     """Of a tensor's memory; not an address, which another tensor may have once this one is gone."""
     made: StorageWeakRef = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
@@ -132,6 +139,7 @@ class _Session:
         self.program = program
         self._roots: dict[fx.Node, Any] = {}
         self._owners: dict[StorageWeakRef, fx.Node] = {}
+        self._fresh: list[_Held] = []  # what the op that runs has saved and nobody owns yet
         self._asked: Counter[fx.Node] = Counter()  # how many names of each node autograd keeps
         self._served: Counter[fx.Node] = Counter()
         self._values: dict[fx.Node, Any] = {}
@@ -144,6 +152,7 @@ class _Session:
         interpreter = _Recording(self)
         result = interpreter.run(*arguments)
         self._owners.clear()
+        self._fresh.clear()
         return result
 
     def record(self, node: fx.Node, value: Any) -> None:
@@ -154,18 +163,27 @@ class _Session:
             self._roots[node] = kept.detach() if isinstance(kept, Tensor) else kept
         if node in self.program.replayed and isinstance(value, Tensor):
             self._owners.setdefault(_identity(value), node)
+            for held in self._fresh:
+                if isinstance(held.value, Tensor) and _identity(held.value) == _identity(value):
+                    held.value = self._asked_for(node, held.value)
             device = value.device.type
             if torch.is_autocast_enabled(device):
                 self._autocast[node] = device, torch.get_autocast_dtype(device)
+        self._fresh.clear()
 
-    def pack(self, tensor: Tensor) -> Tensor | _Name:
+    def pack(self, tensor: Tensor) -> _Held:
         node = self._owners.get(_identity(tensor))
-        if node is None:
-            return tensor
+        if node is not None:
+            return _Held(self._asked_for(node, tensor))
+        self._fresh.append(_Held(tensor))
+        return self._fresh[-1]
+
+    def _asked_for(self, node: fx.Node, tensor: Tensor) -> _Name:
         self._asked[node] += 1
         return _Name(node, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
-    def unpack(self, kept: Tensor | _Name) -> Tensor:
+    def unpack(self, held: _Held) -> Tensor:
+        kept = held.value
         if isinstance(kept, Tensor):
             return kept
         with torch.no_grad():
