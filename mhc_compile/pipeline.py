@@ -240,10 +240,6 @@ def _whole(
             continue
         path, value = next(given)
         inputs[path] = node.meta["val"] if isinstance(value, Tensor) else value
-    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
-        graph.graph.erase_node(node)  # it holds for the traced inputs, and others are refused
-    graph.graph.eliminate_dead_code()  # what was computed for these assertions alone: a readout at every site
-    graph.recompile()
     return _Whole(graph, state, Call(names, inputs, traced._out_spec))
 
 

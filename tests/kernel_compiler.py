@@ -47,20 +47,25 @@ class Compiled:
 
 def source(launch: Launch) -> ASTSource:
     """What triton's launcher would compile for these arguments: aligned pointers, integers by their divisibility."""
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int], Any] = {}
-    attributes: dict[tuple[int], Any] = {}
-    for i, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def kind(path: tuple[int, ...], value: Any, is_constant: bool) -> Any:
+        if isinstance(value, tuple) and not is_constant:
+            return tuple(kind((*path, place), one, False) for place, one in enumerate(value))
         if isinstance(value, Tensor):
-            signature[parameter.name] = POINTERS[value.dtype]
-            attributes[(i,)] = ALIGNED
-        elif parameter.is_constexpr or value is None or value == 1:
-            signature[parameter.name] = "constexpr"
-            constants[(i,)] = value
-        else:
-            signature[parameter.name] = "i32"
-            attributes |= {(i,): ALIGNED} if value % 16 == 0 else {}
+            attributes[path] = ALIGNED
+            return POINTERS[value.dtype]
+        if is_constant or value is None or value == 1:
+            constants[path] = value
+            return "constexpr"
+        if value % 16 == 0:
+            attributes[path] = ALIGNED
+        return "i32"
+
+    for i, parameter in enumerate(launch.kernel.params):
+        signature[parameter.name] = kind((i,), launch.arguments[parameter.name], parameter.is_constexpr)
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 

@@ -12,7 +12,9 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from graphs import float_outputs, randomize, zoo_model
 from mhc_compile import history, mhc_compile
+from mhc_compile.kernels.replay_ops import replay_block
 from mhc_compile.passes import eager_replay
+from mhc_compile.passes.cost import CostModel
 from mhc_compile.passes.eager_replay import replaying
 from mhc_compile.passes.emit import copy_graph
 from mhc_compile.passes.lower import lower
@@ -53,9 +55,32 @@ def assert_same_bits(found: list[Tensor], right: list[Tensor]) -> None:
 
 @pytest.mark.parametrize(("name", "length"), [("llama", 1), ("llama", 2), ("llama", 100), ("gpt2", 2), ("t5", 3)])
 def test_same_bits(name: str, length: int) -> None:
+    """Whether each op is replayed by itself, as on a CPU, or the states of a block at once, as on a GPU."""
     one = zoo_pair(name)
     graph = tagged(one, length)
-    assert_same_bits(gradients(replaying(graph), one), gradients(graph, one))
+    right = gradients(graph, one)
+    for whole_blocks in (False, True):
+        assert_same_bits(gradients(replaying(graph, whole_blocks), one), right)
+
+
+@pytest.mark.parametrize("length", [2, 3, 6])
+def test_a_block_is_replayed_at_once(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last state is kept, or needed by nothing: one merge and one aggregate less than sites, and the first u."""
+    calls: list[tuple[int, int]] = []
+
+    def watched(streams: Tensor, f: Any, post: Any, res: Any, pre: Any, *variant: bool) -> Any:
+        made = replay_block(streams, f, post, res, pre, *variant)
+        calls.append((len(made[0]), len(made[1])))
+        return made
+
+    one = zoo_pair("llama")
+    graph = tagged(one, length)
+    right = gradients(graph, one)
+    monkeypatch.setattr(eager_replay, "replay_block", watched)
+    assert_same_bits(gradients(replaying(graph), one), right)
+    assert calls == []
+    assert_same_bits(gradients(replaying(graph, whole_blocks=True), one), right)
+    assert calls == [(length - 1, length)] * (len(one.sites) // length)
 
 
 def test_with_dropout_and_twice() -> None:
@@ -65,15 +90,18 @@ def test_with_dropout_and_twice() -> None:
     one = pair(model.train(), (), inputs)
     assert any("dropout" in str(node.target) for node in one.level_1.graph.nodes)
     graph = tagged(one, 2)
-    assert_same_bits(gradients(replaying(graph), one, times=2), gradients(graph, one, times=2))
+    right = gradients(graph, one, times=2)
+    for whole_blocks in (False, True):
+        assert_same_bits(gradients(replaying(graph, whole_blocks), one, times=2), right)
 
 
 def test_under_autocast() -> None:
     one = zoo_pair("llama")
     graph = tagged(one, 2)
     with torch.autocast("cpu", torch.bfloat16):
-        found = gradients(replaying(graph), one)
-        assert_same_bits(found, gradients(graph, one))
+        right = gradients(graph, one)
+        for whole_blocks in (False, True):
+            assert_same_bits(gradients(replaying(graph, whole_blocks), one), right)
 
 
 def test_without_gradients() -> None:
@@ -84,29 +112,26 @@ def test_without_gradients() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
 
 
-def kept_states(one: Pair, length: int, monkeypatch: pytest.MonkeyPatch) -> int:
-    """How many tensors as large as the streams are kept for the backward."""
-    graph = tagged(one, length)
-    kept: dict[int, Tensor] = {}
+def kept_tensors(one: Pair, graph: fx.GraphModule, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What is kept for the backward, each storage once, and the inputs of the graph left out."""
     pack = eager_replay._Session.pack
+    found: list[Any] = []
     sessions = []
 
     def watched(session: Any, tensor: Tensor) -> Any:
-        result = pack(session, tensor)
+        found.append(pack(session, tensor))
         sessions.append(session)
-        if isinstance(result, Tensor):
-            kept[result.untyped_storage().data_ptr()] = result
-        return result
+        return found[-1]
 
-    monkeypatch.setattr(eager_replay._Session, "pack", watched)
-    output = outputs_of(replaying(graph), one)[0]
-    for root in sessions[0]._roots.values():
-        if isinstance(root, Tensor):
-            kept[root.untyped_storage().data_ptr()] = root
-    size = max(node.meta["val"].numel() for node in graph.graph.nodes if "expand" in str(node.target))
-    states = sum(tensor.numel() == size and tensor.dim() == 4 for tensor in kept.values())
+    arguments = (*map(_copy, one.arguments), *one.weights)
+    with monkeypatch.context() as patch:
+        patch.setattr(eager_replay._Session, "pack", watched)
+        output = float_outputs(replaying(graph)(*arguments))[0]
+    values = [*(held.value for held in found), *sessions[0]._roots.values()]
+    kept = {value.untyped_storage().data_ptr(): value for value in values if isinstance(value, Tensor)}
+    given = {value.untyped_storage().data_ptr() for value in arguments if isinstance(value, Tensor)}
     assert output.requires_grad
-    return states
+    return [tensor for key, tensor in kept.items() if key not in given]
 
 
 def test_states_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,8 +139,24 @@ def test_states_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     one = zoo_pair("llama")
     count = len(one.sites)
     assert count == 6
-    kept = {length: kept_states(one, length, monkeypatch) for length in (1, 2, 3, 6)}
+    expand = torch.ops.mhc.expand.default
+    size = max(node.meta["val"].numel() for node in one.level_1.graph.find_nodes(op="call_function", target=expand))
+    tensors = {length: kept_tensors(one, tagged(one, length), monkeypatch) for length in (1, 2, 3, 6)}
+    kept = {
+        length: sum(tensor.numel() == size and tensor.dim() == 4 for tensor in found)
+        for length, found in tensors.items()
+    }
     assert kept == {1: 5, 2: 2, 3: 1, 6: 0}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_what_is_kept_is_predicted_to_the_byte(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The coefficients of all sites among it, which are not replayed."""
+    one = zoo_pair(name)
+    costs = CostModel(one.level_1, (*one.arguments, *one.weights))
+    for length in (2, 100):
+        found = kept_tensors(one, tagged(one, length), monkeypatch)
+        assert sum(tensor.untyped_storage().nbytes() for tensor in found) == costs.kept(length)
 
 
 def test_an_option_of_a_conversion() -> None:

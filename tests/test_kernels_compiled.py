@@ -30,6 +30,7 @@ from mhc_compile.kernels.triton_launch import Launch, record
 from mhc_compile.kernels.triton_merge import merge
 from mhc_compile.kernels.triton_merge_backward import merge_backward
 from mhc_compile.kernels.triton_merge_read import merge_read
+from mhc_compile.kernels.triton_replay import replay_block
 from mhc_compile.kernels.triton_sinkhorn import sinkhorn, sinkhorn_backward
 from mhc_compile.kernels.triton_site_backward import crosses, site_backward
 from mhc_compile.kernels.triton_traffic import table, traffic
@@ -238,6 +239,51 @@ def test_what_does_not_cross(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [crosses(meta(2, n, 8, dtype=dtype), mix) for n, dtype, mix in cases] == [True, False, False, False]
     monkeypatch.setattr(torch.version, "hip", None)
     assert crosses(meta(2, 4, 8), "given")
+
+
+def block(n: int, dtype: torch.dtype, sites: int, mix: str, rounds: bool) -> list[Launch]:
+    """The replay of a recompute block."""
+    res = [None if mix == "identity" else meta(TOKENS, n, n)] * sites
+    with record(run=False) as launches:
+        replay_block(
+            meta(TOKENS, n, FEATURES, dtype=dtype),
+            [meta(TOKENS, FEATURES, dtype=dtype)] * sites,
+            [meta(TOKENS, n)] * sites,
+            res,
+            [meta(TOKENS, n)] * sites + [None],
+            mix,
+            rounds,
+        )
+    return launches
+
+
+@pytest.mark.parametrize("target", [A100, H200, B200, MI300], ids=lambda t: t.name)
+def test_a_block_of_four_sites(target: Target, on: Callable[[Target], None]) -> None:
+    on(target)
+    launches = block(4, torch.bfloat16, 4, "given", False)
+    check_instructions(compiled(launches, target), target, {"replay": 4 + 4})
+    assert len(launches) == 1 and len(block(4, torch.bfloat16, 9, "given", False)) == 3
+
+
+def test_blocks_in_other_forms(on: Callable[[Target], None]) -> None:
+    on(H200)
+    for n, dtype, mix, rounds in [
+        (4, torch.float16, "transposed", True),
+        (4, torch.float32, "given", False),
+        (3, torch.bfloat16, "identity", False),
+    ]:
+        compiled(block(n, dtype, 2, mix, rounds), H200)
+
+
+def test_a_block_reads_and_writes_each_state_once() -> None:
+    """In units of C: the first state and f of each site in, the states and aggregates out; coefficients beside them."""
+    sites, n = 4, 4
+    (launch,) = block(n, torch.bfloat16, sites, "given", False)
+    one = TOKENS * FEATURES * 2
+    sizes = [{name: t.nbytes for name, t in part.items() if t is not None} for part in (launch.reads, launch.writes)]
+    read, written = (sum(size for size in each.values() if size >= one) for each in sizes)
+    assert (read, written) == ((n + sites) * one, (n * sites + sites) * one)
+    assert sum(sizes[0].values()) - read == sites * TOKENS * (n * n + 2 * n) * 4
 
 
 def some(launches: list[Launch], *names: str) -> list[Launch]:

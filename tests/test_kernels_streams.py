@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernel_lanes import CASES, DEVICE, DTYPES, INTERPRETED, assert_same_again, numeric, scattered, to_device
 from mhc_compile.errors import ConfigError, ShapeError
-from mhc_compile.kernels import reference, triton_aggregate, triton_expand, triton_merge
+from mhc_compile.kernels import reference, triton_aggregate, triton_expand, triton_launch, triton_merge, triton_replay
 from tolerances import assert_close
 
 pytestmark = numeric
@@ -57,6 +57,54 @@ def test_aggregate_expand_readout(n: int, t: int, c: int, dtype: torch.dtype) ->
     assert_close("readout backward", triton_expand.readout_backward(x, n).cpu(), reference.expand(wide_x / n, n))
     if dtype != torch.float32 or n in (1, 2, 4):  # where the sum is exact, equal streams give back what they hold
         assert torch.equal(triton_expand.readout(triton_expand.expand(x, n)), x)
+
+
+def block(
+    t: int, n: int, c: int, dtype: torch.dtype, sites: int
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """The first state, f, post and res of each site, and pre of each state."""
+    torch.manual_seed(sites)
+    streams = torch.randn(t, n, c).to(dtype)
+    f = [torch.randn(t, c).to(dtype) for _ in range(sites)]
+    post, pre = ([torch.rand(t, n) * 2 for _ in range(sites + 1)] for _ in range(2))
+    matrices = [torch.rand(t, n, n) / n for _ in range(sites)]
+    return streams.to(DEVICE), *([one.to(DEVICE) for one in given] for given in (f, post[:-1], matrices, pre))
+
+
+def chain(streams: Tensor, f: Any, post: Any, res: Any, pre: Any, mix: str, rounds: bool) -> list[Tensor | None]:
+    """The states, and the aggregates of them, by the kernels of single sites."""
+    states = [streams]
+    for one in zip(f, post, res, strict=True):
+        states.append(triton_merge.merge(states[-1], *one, mix, rounds))
+    taken = [None if w is None else triton_aggregate.aggregate(x, w) for x, w in zip(states, pre, strict=True)]
+    return [*states[1:], *taken]
+
+
+@pytest.mark.parametrize(("n", "t", "c", "dtype"), CASES)
+def test_the_states_of_a_block_are_those_of_its_merges(n: int, t: int, c: int, dtype: torch.dtype) -> None:
+    """Bit for bit, in one launch for four sites; more streams than registers hold go site by site."""
+    given = block(t, n, c, dtype, 3)
+    for mix, rounds in [("given", False), ("transposed", True), ("identity", False)]:
+        res = [None if mix == "identity" else one for one in given[3]]
+        arguments = (*given[:3], res, given[4], mix, rounds)
+        with triton_launch.record() as launches:
+            states, aggregates = triton_replay.replay_block(*arguments)
+        for actual, expected in zip([*states, *aggregates], chain(*arguments), strict=True):
+            assert actual is not None and expected is not None and torch.equal(bits(actual), bits(expected))
+        assert len(launches) == (1 if n <= 4 else 3 + 4)
+
+
+@pytest.mark.parametrize(("sites", "wanted"), [(0, (0,)), (1, ()), (4, (4,)), (5, (0, 3, 4)), (9, range(10))])
+def test_a_block_of_any_length_with_the_aggregates_asked_for(sites: int, wanted: Any) -> None:
+    streams, f, post, res, pre = block(9, 4, 40, torch.bfloat16, sites)
+    some = [one if place in wanted else None for place, one in enumerate(pre)]
+    with triton_launch.record() as launches:
+        states, aggregates = triton_replay.replay_block(streams, f, post, res, some)
+    expected = chain(streams, f, post, res, some, "given", False)
+    assert [one is None for one in aggregates] == [one is None for one in expected[sites:]]
+    for actual, one in zip([*states, *aggregates], expected, strict=True):
+        assert actual is one is None or torch.equal(bits(actual), bits(one))
+    assert len(launches) == max(1, -(-sites // triton_replay.MAX_SITES))
 
 
 @pytest.mark.parametrize(("t", "n", "c"), [(5, 16, 40), (13, 4, 600)])

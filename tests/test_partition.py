@@ -89,17 +89,10 @@ def test_what_crosses_a_cut_is_all_that_the_rest_needs(name: str) -> None:
         values = run_nodes(made, layout.nodes, {})
         expected = float_outputs(values[layout.nodes[-1]])
         for cut in layout.cuts:
-            given = {node: values[node] for node in cut.crossing}
-            given |= {node: values[node] for node in weights(layout, cut.place)}
+            given = {node: values[node] for node in (*cut.crossing, *layout.boundaries.repeated)}
+            given |= {node: values[node] for node in layout.nodes if layout.is_parameter(node)}
             actual = float_outputs(run_nodes(made, layout.nodes[cut.place :], given)[layout.nodes[-1]])
             assert all(map(torch.equal, expected, actual))
-
-
-def weights(layout: Layout, place: int) -> list[fx.Node]:
-    """Parameters and buffers, and views of them."""
-    from mhc_compile.passes.dataflow import parameter_behind
-
-    return [node for node in layout.nodes[:place] if layout.is_parameter(node) or parameter_behind(node)]
 
 
 def run_nodes(made: Rewritten, nodes: list[fx.Node], given: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
@@ -110,6 +103,14 @@ def run_nodes(made: Rewritten, nodes: list[fx.Node], given: dict[fx.Node, Any]) 
     for node in nodes:
         runner.env[node] = runner.run_node(node)
     return runner.env
+
+
+def test_what_nothing_decides_does_not_cross() -> None:
+    """Positions and rotary tables follow from no input and no parameter: they are computed again."""
+    layout = Layout(graph_of("llama").graph.graph)
+    tables = {node for node in layout.nodes if node.target in (torch.ops.aten.cos.default, torch.ops.aten.sin.default)}
+    assert len(tables) == 2 and tables <= layout.boundaries.repeated
+    assert all(not cut.skips for cut in layout.cuts)
 
 
 def test_a_state_is_n_times_as_large_as_what_the_trunk_starts_from() -> None:

@@ -8,25 +8,21 @@ casts of weights, are computed again in each stage that reads them.
 
 from __future__ import annotations
 
-import operator
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import chain
 from typing import Any
 
-import torch
 from torch import fx
 
 from mhc_compile.errors import PartitionError, wrong
+from mhc_compile.passes.boundary import ENTER, EXIT, GRAD, Boundaries, is_state
 from mhc_compile.passes.capture import GraphInput, graph_input
-from mhc_compile.passes.dataflow import Dataflow, parameter_behind
-from mhc_compile.passes.op_kinds import is_mutating, is_random, tensor_of
+from mhc_compile.passes.dataflow import Dataflow
+from mhc_compile.passes.op_kinds import tensor_of
 from mhc_compile.passes.provenance import source_line
-
-_ENTER = torch.amp._enter_autocast  # type: ignore[attr-defined]
-_EXIT = torch.amp._exit_autocast  # type: ignore[attr-defined]
-_GRAD = torch._C._set_grad_enabled
 
 
 @dataclass(frozen=True)
@@ -58,34 +54,17 @@ class _Split:
     def __init__(self, gm: fx.GraphModule, places: Sequence[int], trained: set[fx.Node]) -> None:
         self.gm, self.trained = gm, trained
         self.flow = Dataflow(gm.graph)
-        self.nodes, self.index = self.flow.nodes, self.flow.index
+        self.nodes, self.places = self.flow.nodes, sorted(places)
         self.last = len(places)
-        starts = [number in set(places) for number in range(len(self.nodes))]
-        self.stage = dict(zip(self.nodes, accumulate(starts), strict=True))
-        for node in self.nodes:
-            if node.op == "placeholder":
-                self.stage[node] = 0
-            elif node.target is operator.getitem:
-                self.stage[node] = self.stage[node.all_input_nodes[0]]  # what crosses is a tensor, not a tuple
+        self.boundaries = Boundaries(self.flow)
+        self.repeated = self.boundaries.repeated
+        self.stage = {node: bisect_right(self.places, made) for node, made in self.boundaries.made.items()}
         self.regions = _Regions(self.nodes)
-        self.repeated = self._repeated()
 
     def graphs(self) -> list[StageGraph]:
         return [self._graph(stage) for stage in range(self.last + 1)]
 
     # ------------------------------------------------------------------------------------------ what goes where
-
-    def _repeated(self) -> set[fx.Node]:
-        """The nodes that every stage which reads them computes by itself."""
-        found: set[fx.Node] = set()
-        for node in self.nodes:
-            if node.op == "get_attr" or (node.op == "placeholder" and _is_constant(node, self.flow)):
-                found.add(node)
-            elif node.op == "call_function" and not is_random(node) and not is_mutating(node) and not node.is_impure():
-                constant = all(source in found for source in node.all_input_nodes)
-                if (constant and not self.regions.is_marker(node)) or parameter_behind(node):
-                    found.add(node)
-        return found
 
     @cached_property
     def read(self) -> list[set[fx.Node]]:
@@ -109,20 +88,10 @@ class _Split:
     @cached_property
     def sent(self) -> list[tuple[fx.Node, ...]]:
         """For each stage but the last: what it sends to the next, in the order of the graph."""
-        reach: dict[fx.Node, int] = {}
-        for stage, seen in enumerate(self.read):
-            reach |= dict.fromkeys((node for node in seen if not self._is_at_hand(node)), stage)
-        for node, stage in reach.items():
-            if stage > self.stage[node]:
-                self._check_sendable(node)
-        order = sorted(reach, key=self.index.__getitem__)
-        return [
-            tuple(node for node in order if self.stage[node] <= stage < reach[node]) for stage in range(self.last)
-        ]
-
-    def _is_at_hand(self, node: fx.Node) -> bool:
-        """A stage that reads it needs no other stage for it: repeated nodes, the model's state, plain values."""
-        return node in self.repeated or _is_state(node) or (node.op == "placeholder" and tensor_of(node) is None)
+        found = [tuple(self.boundaries.crossing(place)) for place in self.places]
+        for node in dict.fromkeys(chain.from_iterable(found)):
+            self._check_sendable(node)
+        return found
 
     def _check_sendable(self, node: fx.Node) -> None:
         if tensor_of(node) is None:
@@ -138,9 +107,9 @@ class _Split:
 
     def _graph(self, stage: int) -> StageGraph:
         first, last = stage == 0, stage == self.last
-        inputs = [node for node in self.nodes if node.op == "placeholder" and not _is_state(node)]
+        inputs = [node for node in self.nodes if node.op == "placeholder" and not is_state(node)]
         given = [node for node in inputs if tensor_of(node) is not None] if first else list(self.sent[stage - 1])
-        state = [node for node in self.nodes if node in self.read[stage] and _is_state(node)]
+        state = [node for node in self.nodes if node in self.read[stage] and is_state(node)]
         sent = () if last else self.sent[stage]
         computed = {node for node in self.nodes if self._is_own(node, stage)}
         computed |= {node for node in self.read[stage] & self.repeated if node.op != "placeholder"}
@@ -198,20 +167,17 @@ class _Regions:
         casts: list[fx.Node] = []
         grad: fx.Node | None = None
         for node in nodes:
-            if node.target is _ENTER:
+            if node.target is ENTER:
                 casts.append(node)
-            elif node.target is _EXIT:
+            elif node.target is EXIT:
                 casts.remove(node.all_input_nodes[0])
                 self._ends[node.all_input_nodes[0]] = node
-            elif node.target is _GRAD:
+            elif node.target is GRAD:
                 if grad is not None:
                     self._ends[grad] = node
                 grad = None if node.args[0] else node
             elif casts or grad is not None:
                 self._inside[node] = (*casts, *([grad] if grad is not None else []))
-
-    def is_marker(self, node: fx.Node) -> bool:
-        return node.target in (_ENTER, _EXIT, _GRAD)
 
     def around(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
         """The pairs around any of these nodes."""
@@ -223,17 +189,6 @@ class _Regions:
                     marker = self._ends[marker]
                 found.add(marker)
         return found
-
-
-def _is_state(node: fx.Node) -> bool:
-    """A parameter, a buffer or a constant of the model."""
-    record = graph_input(node)
-    return record is not None and (record.kind != "input" or bool(record.path))
-
-
-def _is_constant(node: fx.Node, flow: Dataflow) -> bool:
-    record = graph_input(node)
-    return record is not None and _is_state(node) and record.kind != "parameter" and not flow.is_mutated(node)
 
 
 def _placeholder(graph: fx.Graph, node: fx.Node, *, received: bool) -> fx.Node:

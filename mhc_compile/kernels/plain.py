@@ -209,6 +209,22 @@ def merge(
     return out
 
 
+def replay_block(
+    streams: Tensor,
+    f: Sequence[Tensor],
+    post: Sequence[Tensor],
+    res: Sequence[Tensor | None],
+    pre: Sequence[Tensor | None],
+    transposed: bool,
+    rounded: bool,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The state behind each merge of a chain, and the aggregate of each state, the first one's too, that has a pre."""
+    states = [streams]
+    for site in zip(f, post, res, strict=True):
+        states.append(merge(states[-1], *site, transposed, rounded))
+    return states[1:], [None if one is None else aggregate(x, one) for x, one in zip(states, pre, strict=True)]
+
+
 def merge_weights(
     streams: Tensor, post: Tensor, res: Tensor | None, transposed: bool, rounded: bool
 ) -> tuple[Tensor, Tensor | None]:

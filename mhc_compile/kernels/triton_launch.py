@@ -23,7 +23,7 @@ from mhc_compile.errors import ShapeError, wrong
 
 STREAM_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_STREAMS = 16
-Constants = Mapping[str, int | float | bool | str]
+Constants = Mapping[str, int | float | bool | str | tuple[int, ...]]
 
 
 def jit(function: Callable[..., Any]) -> Any:
@@ -42,7 +42,10 @@ def power_of_two(a: int) -> int:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel, with all its arguments.  A tensor that is None was not asked for."""
+    """One launch of a kernel, with all its arguments.  A tensor that is None was not asked for.
+
+    Tensors called ``name.0``, ``name.1`` and so on are those of a tuple that the kernel's parameter ``name`` takes.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
@@ -57,7 +60,11 @@ class Launch:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return {**self.reads, **self.writes, **self.constants}
+        found: dict[str, Any] = {}
+        for name, value in {**self.reads, **self.writes, **self.constants}.items():
+            parameter, part, _ = name.partition(".")
+            found[parameter] = (*found.get(parameter, ()), value) if part else value
+        return found
 
     def run(self) -> None:
         if 0 in self.grid:

@@ -7,6 +7,7 @@ itself.  A site that was lowered needs neither.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from mhc_compile.kernels.triton_implicit import sinkhorn_implicit_backward
 from mhc_compile.kernels.triton_merge import merge as _merge
 from mhc_compile.kernels.triton_merge_backward import merge_backward as _merge_backward
 from mhc_compile.kernels.triton_merge_read import merge_read as _merge_read
+from mhc_compile.kernels.triton_replay import replay_block as _replay_block
 from mhc_compile.kernels.triton_sinkhorn import sinkhorn as _sinkhorn
 from mhc_compile.kernels.triton_sinkhorn import sinkhorn_backward as _sinkhorn_backward
 from mhc_compile.kernels.triton_site_backward import crosses, site_backward
@@ -197,6 +199,19 @@ def merge_read(
     mix, lead = _mix(res, transposed), streams.shape[:-2]
     merged, u, site = _merge_read((streams, f, post, res), parameters, mix, rounded, convention)
     return merged, u, *_filled(site), site.z.view(-1, *lead), site.r.view(lead)
+
+
+def replay_block(
+    streams: Tensor,
+    f: Sequence[Tensor],
+    post: Sequence[Tensor],
+    res: Sequence[Tensor | None],
+    pre: Sequence[Tensor | None],
+    transposed: bool,
+    rounded: bool,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """As ``plain.replay_block``."""
+    return _replay_block(streams, f, post, res, pre, _mix(res[0] if res else None, transposed), rounded)
 
 
 def _mix(res: Tensor | None, transposed: bool) -> str:

@@ -143,7 +143,21 @@ def captured_from(program: torch.export.ExportedProgram, args: Sequence[Any], kw
         examples.append(_torch.settled(node.meta["val"]))
         kind = spec.kind.name.lower() if lifted else "input"
         node.meta["mhc_input"] = GraphInput(kind if kind in ("parameter", "buffer") else "input", spec.target or "")
-    return Captured(normalize(program.graph_module, examples), tuple(arguments))
+    graph = normalize(program.graph_module, examples)
+    _drop_metadata_checks(graph)
+    return Captured(graph, tuple(arguments))
+
+
+def _drop_metadata_checks(gm: fx.GraphModule) -> None:
+    """Erase what torch.export asserts at each cast, and what only these assertions read.
+
+    They hold for the inputs that were traced, and calls with other ones are refused before the graph runs. Left in,
+    each would be a reader of the trunk, which gets a readout of its own.
+    """
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
 
 
 def _refused_export(model: nn.Module, error: Exception) -> str:

@@ -8,6 +8,7 @@ plan asks for (`plan_search.Unit`).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from torch import fx
 from mhc_compile.passes.dataflow import parameter_behind
 from mhc_compile.passes.dry_run import DryRun, Saved, dry_run, partitioned
 from mhc_compile.passes.emit import copy_graph
+from mhc_compile.passes.lower import lower
 from mhc_compile.passes.op_kinds import CONVOLUTIONS, NORMS, PRODUCTS, REDUCTIONS, aten, is_local, packet
 from mhc_compile.passes.plan_search import Unit
 from mhc_compile.passes.recompute import Blocks, equal_blocks, tag
@@ -81,14 +83,15 @@ class CostModel:
 
     compiled: what branches keep is what torch's partitioner keeps, which takes a trace of the backward; what a replay
     makes for one branch (aggregate, norm) then exists for one site at a time. Otherwise branches keep what autograd
-    does, and a block replays all of that at once.
+    does, and a block replays all of that at once, but for the coefficients of every site, which are kept as its fused
+    ops keep them, and what ops keep that they do not give (`passes.eager_replay`).
     """
 
     def __init__(
         self, gm: fx.GraphModule, arguments: Sequence[Any], *, device: Device | None = None, compiled: bool = False
     ) -> None:
         self.device, self.compiled = device or Device(), compiled
-        self._gm, self.layout = gm, Layout(gm.graph)
+        self.graph, self.layout = gm, Layout(gm.graph)
         self.run: DryRun = dry_run(gm, arguments)
         self.replayed = replayed_nodes(self.layout.flow)
         self.branch_values = self._branch_values(gm, arguments)
@@ -135,7 +138,7 @@ class CostModel:
 
     def kept(self, blocks: int | Blocks) -> int:
         """Bytes that a call keeps for its backward with these blocks, or blocks of so many sites; weights left out."""
-        blocks = equal_blocks(self._gm, blocks) if isinstance(blocks, int) else blocks
+        blocks = equal_blocks(self.graph, blocks) if isinstance(blocks, int) else blocks
         first = {block[0] for block in blocks}
         starts = [place for place, sites in enumerate(self.sites_of_units) if sites and sites[0].name in first]
         return sum(unit.kept for unit in self.units) + sum(self.units[start].state for start in starts)
@@ -343,6 +346,7 @@ class _KeptBytes:
         self.unit = {number: place for place, numbers in enumerate(model.ranges) for number in numbers}
         self.kept, self.saved, self.state, self.again = [0] * count, [0] * count, [0] * count, [0] * count
         self.outgoing, self.coefficients, self.branch = [0] * count, [0] * count, [0] * count
+        self.fused = set[fx.Node]() if model.compiled else self._fused()
         for saved in model.branch_values:
             self._stored(saved)
         for saved in model.run.saved:
@@ -364,6 +368,9 @@ class _KeptBytes:
 
     def _replayed(self, saved: Saved) -> None:
         made, places = self._place(saved.made_by), [self._place(saver) for saver in saved.savers]
+        if not self.model.compiled and (saved.inside or _is_coefficient(saved.made_by)):
+            self.kept[min(places)] += 0 if _site_of(saved.made_by) in self.fused else saved.bytes
+            return
         self.saved[min(places)] += saved.bytes
         if max(places) > made:
             self.outgoing[made] += saved.bytes
@@ -371,6 +378,17 @@ class _KeptBytes:
             self.coefficients[made] += saved.bytes
         else:
             self.branch[made] += saved.bytes
+
+    def _fused(self) -> set[fx.Node]:
+        """The trained sites that will run as a `read`, which keeps its coefficients, and z and r beside them."""
+        lowered, found = copy_graph(self.model.graph), set()
+        lower(lowered)
+        for site, other in zip(self.model.sites, Layout(lowered.graph).sites, strict=True):
+            if other.read.target is mhc.read.default and site.read in self.model.run.trained:
+                _, pre, post, res, _, z, r = other.read.meta["val"]
+                self.kept[self._place(site.read)] += sum(map(tensor_bytes, (pre, post, res, z, r)))
+                found.add(site.read)
+        return found
 
     def _sources_of_replays(self) -> None:
         """What a replay starts from and autograd does not keep: the entries of trunks."""
@@ -390,6 +408,14 @@ class _KeptBytes:
     def _states_at(self, place: int) -> int:
         layout = self.model.layout
         return sum(bytes_of(node) for node in layout.crossing(place) if node in self.model.replayed)
+
+
+def _site_of(node: fx.Node) -> object:
+    """The read that a coefficient comes from; None for other values."""
+    if node.target in READS:
+        return node
+    part: Any = node.args[0] if node.target is mhc.sinkhorn.default else None  # the logits
+    return part.args[0] if part is not None and part.target is operator.getitem else None
 
 
 def _is_coefficient(node: fx.Node) -> bool:

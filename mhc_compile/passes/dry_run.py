@@ -21,11 +21,15 @@ from mhc_compile.passes.emit import copy_graph
 
 @dataclass(frozen=True)
 class Saved:
-    """A storage that is kept for the backward: its bytes, the node that made it, and the nodes that save it."""
+    """A storage that is kept for the backward: its bytes, the node that made it, and the nodes that save it.
+
+    inside: it was made within the op, which does not give it (the mean that a layer norm keeps).
+    """
 
     bytes: int
     made_by: fx.Node
     savers: tuple[fx.Node, ...]
+    inside: bool = False
 
 
 @dataclass
@@ -173,10 +177,11 @@ class _Watch(fx.Interpreter):
     def result(self) -> DryRun:
         """What was seen."""
         for key, savers in self.savers.items():
-            maker = self.makers.get(key, next(iter(savers)))  # made within an op: by its first saver
+            inside = key not in self.makers
+            maker = next(iter(savers)) if inside else self.makers[key]
             if maker.op == "call_function":
                 size = int(self.tensors[key].untyped_storage().nbytes())
-                self.found.saved.append(Saved(size, maker, tuple(savers)))
+                self.found.saved.append(Saved(size, maker, tuple(savers), inside))
         return self.found
 
 

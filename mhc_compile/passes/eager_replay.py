@@ -6,6 +6,9 @@ needs them anyway, the coefficients because they are a few numbers a token. The 
 (`torch.autograd.graph.saved_tensors_hooks`), and computed again, op by op and bit for bit, when the backward asks.
 Nothing of a branch beside its first norm is ever computed twice.
 
+On a GPU the states of a block, and the aggregates that wait for the backward, are made in one launch
+(`kernels.replay_ops`) when the first of them is asked for; elsewhere each by its own op.
+
 `tag` (`passes.recompute`) says which nodes are replayed. Backwards that ask twice (`retain_graph`, schedules that take
 the gradients of inputs and of weights apart) replay twice.
 """
@@ -23,15 +26,19 @@ from torch import Tensor, fx
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointPolicy
 
+from mhc_compile.kernels.replay_ops import replay_block
 from mhc_compile.passes.dataflow import Dataflow
 from mhc_compile.passes.replay import replayed_nodes
 
 mhc = torch.ops.mhc
 
 
-def replaying(gm: fx.GraphModule) -> Callable[..., Any]:
-    """The graph, lowered to `read` and `merge_carried`, as a function that replays what it is tagged for."""
-    program = _Program(gm)
+def replaying(gm: fx.GraphModule, whole_blocks: bool | None = None) -> Callable[..., Any]:
+    """The graph, lowered to `read` and `merge_carried`, as a function that replays what it is tagged for.
+
+    whole_blocks: make all states of a block at once; by default where they are on a CUDA device.
+    """
+    program = _Program(gm, whole_blocks)
 
     def run(*arguments: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -46,8 +53,8 @@ def replaying(gm: fx.GraphModule) -> Callable[..., Any]:
 class _Program:
     """What a graph's runs have in common: which nodes are replayed, and what they are replayed from."""
 
-    def __init__(self, gm: fx.GraphModule) -> None:
-        self.gm = gm
+    def __init__(self, gm: fx.GraphModule, whole_blocks: bool | None) -> None:
+        self.gm, self.whole_blocks = gm, whole_blocks
         self.replayed: set[fx.Node] = set()
         # An activation checkpoint of the model tags the ops of branches too, dropout among them: not ours to replay.
         ours = replayed_nodes(Dataflow(gm.graph))
@@ -55,6 +62,20 @@ class _Program:
             if node in ours and node.meta.get("recompute") == CheckpointPolicy.MUST_RECOMPUTE and self._can(node):
                 self.replayed.add(node)
         self.roots = {source for node in self.replayed for source in _sources(node) if source not in self.replayed}
+        # Of each state: the aggregates of it that are replayed, and the merges that may follow it in one launch.
+        self.aggregates: dict[fx.Node, list[fx.Node]] = {}
+        self.following: dict[fx.Node, list[fx.Node]] = {}
+        for node in gm.graph.nodes:
+            if node in self.replayed and _is_aggregate(node):
+                self.aggregates.setdefault(_sources(node)[0], []).append(node)
+            elif self.is_step(node):
+                self.following.setdefault(node.args[0], []).append(node)
+
+    def is_step(self, node: fx.Node) -> bool:
+        """A replayed merge that needs nothing but the streams to be replayed before it."""
+        if node not in self.replayed or node.target is not mhc.merge_carried.default:
+            return False
+        return self.replayed.isdisjoint(source for source in _sources(node) if source is not node.args[0])
 
     def _can(self, node: fx.Node) -> bool:
         """A tensor that can be made again from others. Of a `read` that is u; its coefficients are kept."""
@@ -77,6 +98,12 @@ def _is_aggregate(node: fx.Node) -> bool:
     return node.target is operator.getitem and getattr(node.args[0], "target", None) is mhc.read.default
 
 
+def _variant(merge: fx.Node) -> tuple[bool, bool, bool]:
+    """Whether streams stay unmixed, and the merge's transposed and rounded."""
+    transposed, rounded = (bool(one) for one in (*merge.args[5:7], False, False)[:2])
+    return merge.args[4] is None, transposed, rounded
+
+
 def _real(source: fx.Node) -> bool:
     """Not a carrier, which holds nothing."""
     return not (_is_aggregate(source) and source.args[1] == 4)
@@ -92,6 +119,13 @@ class _Name:
     offset: int
 
 
+@dataclass
+class _Held:
+    """A tensor that autograd keeps as it is, or the name that it has once the op that saved its own result has run."""
+
+    value: Tensor | _Name
+
+
 def _identity(tensor: Tensor) -> StorageWeakRef:
     """Of a tensor's memory; not an address, which another tensor may have once this one is gone."""
     made: StorageWeakRef = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
@@ -105,15 +139,20 @@ class _Session:
         self.program = program
         self._roots: dict[fx.Node, Any] = {}
         self._owners: dict[StorageWeakRef, fx.Node] = {}
+        self._fresh: list[_Held] = []  # what the op that runs has saved and nobody owns yet
         self._asked: Counter[fx.Node] = Counter()  # how many names of each node autograd keeps
         self._served: Counter[fx.Node] = Counter()
         self._values: dict[fx.Node, Any] = {}
         self._autocast: dict[fx.Node, tuple[str, torch.dtype]] = {}
+        self._whole = False
 
     def run(self, *arguments: Any) -> Any:
+        whole = self.program.whole_blocks
+        self._whole = any(isinstance(one, Tensor) and one.is_cuda for one in arguments) if whole is None else whole
         interpreter = _Recording(self)
         result = interpreter.run(*arguments)
         self._owners.clear()
+        self._fresh.clear()
         return result
 
     def record(self, node: fx.Node, value: Any) -> None:
@@ -124,18 +163,27 @@ class _Session:
             self._roots[node] = kept.detach() if isinstance(kept, Tensor) else kept
         if node in self.program.replayed and isinstance(value, Tensor):
             self._owners.setdefault(_identity(value), node)
+            for held in self._fresh:
+                if isinstance(held.value, Tensor) and _identity(held.value) == _identity(value):
+                    held.value = self._asked_for(node, held.value)
             device = value.device.type
             if torch.is_autocast_enabled(device):
                 self._autocast[node] = device, torch.get_autocast_dtype(device)
+        self._fresh.clear()
 
-    def pack(self, tensor: Tensor) -> Tensor | _Name:
+    def pack(self, tensor: Tensor) -> _Held:
         node = self._owners.get(_identity(tensor))
-        if node is None:
-            return tensor
+        if node is not None:
+            return _Held(self._asked_for(node, tensor))
+        self._fresh.append(_Held(tensor))
+        return self._fresh[-1]
+
+    def _asked_for(self, node: fx.Node, tensor: Tensor) -> _Name:
         self._asked[node] += 1
         return _Name(node, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
-    def unpack(self, kept: Tensor | _Name) -> Tensor:
+    def unpack(self, held: _Held) -> Tensor:
+        kept = held.value
         if isinstance(kept, Tensor):
             return kept
         with torch.no_grad():
@@ -155,8 +203,44 @@ class _Session:
     def _value(self, node: fx.Node) -> Any:
         missing = self._missing(node)
         for each in missing:
-            self._values[each] = self._compute(each)
+            if each in self._values:
+                continue
+            if self._whole and self.program.is_step(each):
+                self._replay_block(each, missing)
+            else:
+                self._values[each] = self._compute(each)
         return self._values[node]
+
+    def _replay_block(self, first: fx.Node, missing: list[fx.Node]) -> None:
+        """Make the states from that of the merge `first` on that are missing, and the aggregates of all of them."""
+        merges: list[Any] = [first]
+        while found := [one for one in self.program.following.get(merges[-1], ()) if one in missing]:
+            if _variant(found[0]) != _variant(first):
+                break
+            merges.append(found[0])
+        start, *_ = merges[0].args
+        reads: list[Any] = [self._waiting_aggregate(state, missing) for state in (start, *merges)]
+        _, f, _, post, res = zip(*(merge.args[:5] for merge in merges), strict=True)
+        made, aggregates = replay_block(
+            self._known(start),
+            [self._known(one) for one in f],
+            [self._known(one) for one in post],
+            [None if one is None else self._known(one) for one in res],
+            [None if u is None else self._roots[u.args[0]] for u in reads],
+            *_variant(first)[1:],
+        )
+        self._values |= dict(zip(merges, made, strict=True))
+        self._values |= dict(zip(filter(None, reads), aggregates, strict=True))
+
+    def _waiting_aggregate(self, state: fx.Node, missing: list[fx.Node]) -> fx.Node | None:
+        """The aggregate of a state that is needed now, or that autograd will ask for."""
+        for node in self.program.aggregates.get(state, ()):
+            if node not in self._values and (node in missing or self._served[node] < self._asked[node]):
+                return node
+        return None
+
+    def _known(self, node: fx.Node) -> Any:
+        return self._roots[node] if node in self._roots else self._values[node]
 
     def _missing(self, node: fx.Node) -> list[fx.Node]:
         """What has to be computed for a node, in order."""
@@ -174,15 +258,12 @@ class _Session:
         return list(order)
 
     def _compute(self, node: fx.Node) -> Any:
-        def value(source: fx.Node) -> Any:
-            return self._roots[source] if source in self._roots else self._values[source]
-
         if _is_aggregate(node):
             streams, read = _sources(node)
-            return mhc.aggregate.default(value(streams), self._roots[read])
+            return mhc.aggregate.default(self._known(streams), self._roots[read])
         if node.target is mhc.merge_carried.default:
-            return mhc.merge.default(*fx.map_arg((*node.args[:2], *node.args[3:7]), value))
-        args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
+            return mhc.merge.default(*fx.map_arg((*node.args[:2], *node.args[3:7]), self._known))
+        args, kwargs = fx.map_arg(node.args, self._known), fx.map_arg(node.kwargs, self._known)
         assert callable(node.target)
         device, dtype = self._autocast.get(node, ("cpu", torch.bfloat16))
         with torch.autocast(device, dtype, enabled=node in self._autocast):

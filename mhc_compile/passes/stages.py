@@ -1,11 +1,11 @@
 """Where a rewritten graph may be cut into pipeline stages, and what would have to be sent there.
 
-A cut splits the nodes of a graph in their order: whatever a later node reads of an earlier one is sent. It is legal
-where no site is open, that is, not between the read of a site's streams and its merge, and not inside a region of grad
-mode or autocast. Candidates are the states of trunks, what a trunk starts from, its readouts, and the values that every
-path to the output passes (its dominators), which divide what comes before the first trunk and behind the last. The
-first value is the one cut at; all others that cross are *skips*, to be threaded through every stage in between: masks,
-rotary tables, a readout that later branches attend to, long skips.
+A cut splits the nodes of a graph in their order: what the later ones need of the earlier is sent (`passes.boundary`).
+It is legal where no site is open, that is, not between the read of a site's streams and its merge, and not inside a
+region of grad mode or autocast. Candidates are the states of trunks, what a trunk starts from, its readouts, and the
+values that every path to the output passes (its dominators), which divide what comes before the first trunk and behind
+the last. The first value is the one cut at; all others that cross are *skips*, to be threaded through every stage in
+between: padding masks, a readout that later branches attend to, long skips.
 """
 
 from __future__ import annotations
@@ -21,17 +21,14 @@ import torch
 from torch import fx
 
 from mhc_compile import _torch
-from mhc_compile.passes.capture import graph_input
-from mhc_compile.passes.dataflow import Dataflow, parameter_behind
+from mhc_compile.passes.boundary import ENTER, EXIT, GRAD, Boundaries, is_state
+from mhc_compile.passes.dataflow import Dataflow
 from mhc_compile.passes.op_kinds import NORMS, REDUCTIONS, is_local, packet, tensor_of
 from mhc_compile.passes.replay import MERGES, READS, depends_on_parameters
 
 mhc = torch.ops.mhc
 
-_AUTOCAST: dict[object, int] = {
-    torch.amp._enter_autocast: 1,  # type: ignore[attr-defined]
-    torch.amp._exit_autocast: -1,  # type: ignore[attr-defined]
-}
+_AUTOCAST: dict[object, int] = {ENTER: 1, EXIT: -1}
 
 
 @dataclass(frozen=True)
@@ -93,6 +90,7 @@ class Layout:
     def __init__(self, graph: fx.Graph) -> None:
         self.flow = Dataflow(graph)
         self.nodes, self.index = self.flow.nodes, self.flow.index
+        self.boundaries = Boundaries(self.flow)
         self.learned = depends_on_parameters(self.flow)
         self.sites = self._sites()
 
@@ -137,12 +135,8 @@ class Layout:
         return Cut(place, value, tuple(crossing))
 
     def crossing(self, place: int) -> list[fx.Node]:
-        """The values of nodes in front of a place that nodes behind it read; weights stay where they are read."""
-        return [
-            node
-            for node in self.nodes[:place]
-            if self.last_use[node] >= place and bytes_of(node) and not parameter_behind(node) and not _is_state(node)
-        ]
+        """The values that a stage which ends in front of a place sends on."""
+        return [node for node in self.boundaries.crossing(place) if bytes_of(node)]
 
     def _candidates(self) -> set[fx.Node]:
         found: set[fx.Node] = set(self.dominators)
@@ -187,7 +181,7 @@ class Layout:
         for place in range(len(self.nodes) + 1):
             if place:
                 node = self.nodes[place - 1]
-                frozen = not node.args[0] if node.target is torch._C._set_grad_enabled else frozen
+                frozen = not node.args[0] if node.target is GRAD else frozen
                 cast += _AUTOCAST.get(node.target, 0)
             depth += change[place]
             found.append(depth > 0 or frozen or cast > 0)
@@ -215,7 +209,7 @@ class Layout:
 
     def is_parameter(self, node: fx.Node) -> bool:
         """A parameter or buffer of the model."""
-        return node.op == "placeholder" and _is_state(node)
+        return node.op == "placeholder" and is_state(node)
 
     def units(self) -> list[range]:
         """The numbers of the nodes between neighbouring cuts."""
@@ -226,7 +220,3 @@ class Layout:
 
 _TRUNK_ENDS = (mhc.expand.default, mhc.readout.default)
 
-
-def _is_state(node: fx.Node) -> bool:
-    record = graph_input(node)
-    return record is not None and record.kind != "input"
