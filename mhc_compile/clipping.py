@@ -41,8 +41,8 @@ class AdaptiveClip:
         optimizer.step()
 
     The rule is that of AdaGC (arXiv 2502.11034), with its defaults, for two groups instead of each tensor: the
-    gradients of mHC parameters, of which there are few, say nothing in the norm of a large model, and their spikes would
-    go unseen. For the gradients g_t of a group, its average a and clipped gradients h_t::
+    gradients of mHC parameters, of which there are few, say nothing in the norm of a large model, and their spikes
+    would go unseen. For the gradients g_t of a group, its average a and clipped gradients h_t::
 
         t < warm_up:   h_t = g_t min(1, max_norm / |all gradients|)      a_t = min(a_{t-1}, |h_t|)
         afterwards:    h_t = g_t min(1, factor a_{t-1} / |g_t|)          a_t = momentum a_{t-1} + (1 - momentum) |h_t|

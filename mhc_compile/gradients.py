@@ -50,7 +50,8 @@ def the_converted(model: nn.Module) -> nn.Module:
     if len(found) > 1:
         legal = "a module that holds one, as it is or wrapped (DDP, torch.compile)"
         kinds = ", ".join(type(module).__name__ for module in found)
-        raise RewriteError(wrong(type(model).__name__, f"one with {len(found)} converted models ({kinds})", legal))
+        held = f"one with {len(found)} converted models ({kinds})"
+        raise RewriteError(wrong(type(model).__name__, held, legal, "pass each of them by itself"))
     if not found:
         conversion(model)  # says what it is instead
     return found[0]

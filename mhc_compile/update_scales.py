@@ -104,5 +104,6 @@ def _like(scale: Tensor, parameter: nn.Parameter) -> Tensor:
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     assert isinstance(parameter, DTensor)
-    sharded: Tensor = distribute_tensor(scale.expand(parameter.shape).contiguous(), parameter.device_mesh, parameter.placements)
+    full = scale.expand(parameter.shape).contiguous()
+    sharded: Tensor = distribute_tensor(full, parameter.device_mesh, parameter.placements)
     return sharded
