@@ -3,7 +3,7 @@
 python benchmarks/monitor.py [--rounds 12] [--every 100] [--threads 1] [--backend aot_eager] [--out FILE]
 
 Two copies of one converted Llama train side by side. A round takes one step that is sampled, and a few that are not, of
-the watched one, each next to a step of the other. Times are medians in milliseconds; on a GPU, from events. The cost of a
+the watched one, each next to a step of the other. Times are medians in milliseconds. The cost of a
 Monitor is what sampling adds to the sampled step, once in `every` steps, and what watching adds to every other step:
 
     overhead = ((sampled / plain - 1) + (every - 1) (unsampled / plain - 1)) / every

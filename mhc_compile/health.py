@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from mhc_compile.config import MHCConfig
 from mhc_compile.errors import wrong
 from mhc_compile.monitor_sample import Sample, SiteSample
 
@@ -31,7 +30,6 @@ class Health:
     equal (with init="identity" they start so).
     """
 
-    config: MHCConfig
     max_gain: float
     warm_up: int
     _differed: set[int] = field(default_factory=set)
@@ -50,9 +48,9 @@ class Health:
         for number, trunk in sample.trunks().items():
             yield from self._gain(sample.step, number, trunk)
             yield from self._collapse(sample.step, number, trunk)
-        if getattr(self.config, "constraint", "sinkhorn") == "sinkhorn":
-            for site in sample.sites:
-                yield from _sinkhorn(sample.step, site, self.config.iterations)
+        for site in sample.sites:
+            if site.iterations is not None:
+                yield from _sinkhorn(sample.step, site, site.iterations)
 
     def _gain(self, step: int, number: int, trunk: list[SiteSample]) -> Iterator[tuple[str, str, str]]:
         gains = [

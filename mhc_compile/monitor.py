@@ -79,7 +79,7 @@ class Monitor:
         self.history: list[Sample] = []
         self.sampled = False
         self._calls = 0
-        self._health = Health(self._state.record.config, max_gain, warm_up)
+        self._health = Health(max_gain, warm_up)
         self._forwards: dict[str, Callable[..., Any]] = {}  # by the path of the part that is called
         self._waiting: Sample | None = None  # for gradients
         self._hook: Any = None

@@ -48,7 +48,8 @@ class SiteSample:
 
     single: its own mixing matrices; composite: the products of those of this site to the last site of its trunk, None
     where the sites of the trunk have different numbers of tokens. similarity: the mean cosine over pairs of streams
-    behind the site. pre, post: how much each stream is read and written, means over tokens.
+    behind the site. pre, post: how much each stream is read and written, means over tokens. iterations: of the Sinkhorn
+    that made its matrices, None where none did.
     """
 
     name: str
@@ -59,6 +60,7 @@ class SiteSample:
     similarity: float
     pre: tuple[float, ...]
     post: tuple[float, ...]
+    iterations: int | None
 
 
 @dataclass
@@ -169,7 +171,7 @@ def _site(site: SiteCoefficients, composite: bool, numbers: Iterable[float]) -> 
     pre, post = (tuple(next(source) for _ in range(n)) for _ in range(2))
     single = _mixing(source, n)
     made = _mixing(source, n) if composite else None
-    return SiteSample(site.name, site.trunk, len(site.res), single, made, similarity, pre, post)
+    return SiteSample(site.name, site.trunk, len(site.res), single, made, similarity, pre, post, site.iterations)
 
 
 def _mixing(numbers: Iterable[float], n: int) -> Mixing:

@@ -30,6 +30,7 @@ class SiteCoefficients:
     """The coefficients of one site for the tokens of one call: pre, post [tokens, n], res [tokens, n, n].
 
     similarity: of the streams behind the site, [tokens]: the mean cosine over pairs of streams, 1 when all are equal.
+    iterations: of the Sinkhorn that made res, None where none did.
     """
 
     name: str
@@ -38,6 +39,7 @@ class SiteCoefficients:
     post: Tensor
     res: Tensor
     similarity: Tensor
+    iterations: int | None = None
 
 
 def observe(model: nn.Module, inputs: Any = None) -> dict[str, SiteCoefficients]:
@@ -77,26 +79,29 @@ class ObservedGraph:
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a rewritten graph and keeps what its aggregates and merges take."""
+    """Runs a rewritten graph and keeps what its merges take, and the pre beside each post."""
 
     def __init__(self, graph: fx.GraphModule, trunk_of: dict[str, int]) -> None:
         super().__init__(graph)
         self.sites: list[SiteCoefficients] = []
         self._trunk_of, self._calls = trunk_of, Counter[str]()
+        merges = graph.graph.find_nodes(op="call_function", target=mhc.merge.default)
+        self._coefficients = {_coefficients_behind(merge) for merge in merges}
         self._pre: dict[fx.Node, Tensor] = {}  # by the node of the coefficients
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if n.target is mhc.aggregate.default:
-            self._pre[_coefficients_behind(n.args[1])] = self.env[n.args[1]].flatten(0, -2)  # type: ignore[index]
+        if n in self._coefficients:
+            self._pre[n] = result[0].flatten(0, -2)
         elif n.target is mhc.merge.default:
-            post, res = n.args[2:4]
-            self._keep(n, self.env[post], self.env[res] if isinstance(res, fx.Node) else None, result)  # type: ignore[index]
+            self._keep(n, result)
         return result
 
-    def _keep(self, merge: fx.Node, post: Tensor, res: Tensor | None, streams: Tensor) -> None:
+    def _keep(self, merge: fx.Node, streams: Tensor) -> None:
+        by, mixing = merge.args[2:4]
+        post: Tensor = self.env[by].flatten(0, -2)  # type: ignore[index]
+        res = self.env[mixing] if isinstance(mixing, fx.Node) else None
         site, n = str(merge.meta["mhc_site"]), post.shape[-1]
-        post = post.flatten(0, -2)
         if res is None:  # no mixing
             res = torch.eye(n, dtype=post.dtype, device=post.device).expand(len(post), n, n)
         call = self._calls[site]
@@ -105,18 +110,26 @@ class _Recorder(fx.Interpreter):
             SiteCoefficients(
                 name=f"{site}_call{call}" if call else site,
                 trunk=self._trunk_of[site],
-                pre=self._pre[_coefficients_behind(merge.args[2])],
+                pre=self._pre[_coefficients_behind(merge)],
                 post=post,
                 res=res.flatten(0, -3),
                 similarity=stream_similarity(streams).flatten(),
+                iterations=_iterations(mixing),
             )
         )
 
 
-def _coefficients_behind(node: Any) -> fx.Node:
-    """The op that gave a `pre` or `post`."""
-    source: fx.Node = node.args[0]
+def _coefficients_behind(merge: fx.Node) -> fx.Node:
+    """The op that gives a merge its post, and pre beside it."""
+    post: Any = merge.args[2]
+    source: fx.Node = post.args[0]
     return source
+
+
+def _iterations(res: Any) -> int | None:
+    """Of the Sinkhorn that made res, if one did."""
+    made = isinstance(res, fx.Node) and res.target is mhc.sinkhorn.default
+    return int(res.args[1]) if made else None
 
 
 def _end_at_last_site(graph: fx.GraphModule) -> None:

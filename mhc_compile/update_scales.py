@@ -78,9 +78,9 @@ def scale_updates(
         module for module in the_converted(model).get_submodule(TREE).modules() if isinstance(module, HyperConnection)
     ]
     found = [
-        (parameter, _like(scale, parameter))
+        (parameter, _like(_of_part(site, name, parameter, (pre, post, res)), parameter))
         for site in sites
-        for parameter, scale in _scales(site, (pre, post, res))
+        for name, parameter in site.named_parameters()
         if id(parameter) in held
     ]
     if not found:
@@ -89,11 +89,10 @@ def scale_updates(
     return UpdateScales(optimizer, found)
 
 
-def _scales(site: HyperConnection, scales: _Scales) -> list[tuple[nn.Parameter, Tensor]]:
-    """Each parameter of a site with the scales of its last axis, which holds pre (n), post (n) and res (the rest)."""
-    columns = site.bias.shape[0]
-    column = torch.tensor(scales).repeat_interleave(torch.tensor([site.n, site.n, columns - 2 * site.n]))
-    return [(site.phi, column), (site.alpha, torch.tensor(scales)), (site.bias, column)]
+def _of_part(site: HyperConnection, name: str, parameter: nn.Parameter, scales: _Scales) -> Tensor:
+    """The scales of a parameter's last axis, which holds pre, post and res: one number each in alpha, else columns."""
+    sizes = (1, 1, 1) if name == "alpha" else (site.n, site.n, parameter.shape[-1] - 2 * site.n)
+    return torch.tensor(scales).repeat_interleave(torch.tensor(sizes))
 
 
 def _like(scale: Tensor, parameter: nn.Parameter) -> Tensor:
