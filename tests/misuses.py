@@ -1242,12 +1242,12 @@ def monitor_of_a_restored_model(_: Path) -> Situation:
     return using(restore(model), lambda model: monitor.__enter__())
 
 
-@misuse(TRAINING, ConfigError, "momentum is 1", "a number in [0, 1)", "0.98 is the default")
+@misuse(TRAINING, ConfigError, "momentum is 1", "a number in [0, 1)", "0.9 is the default")
 def clip_with_a_momentum_of_1(_: Path) -> Situation:
     return using(converted(), lambda model: AdaptiveClip(model, momentum=1))
 
 
-@misuse(TRAINING, ConfigError, "factor is nan", "a finite number > 0", "those of AdaGC")
+@misuse(TRAINING, ConfigError, "factor is nan", "a finite number > 0", "max_norm=1.0 are the defaults")
 def clip_with_a_factor_of_nan(_: Path) -> Situation:
     return using(converted(), lambda model: AdaptiveClip(model, factor=float("nan")))
 
