@@ -11,9 +11,9 @@ Sinkhorn is taken with 1, 5, 10 and 20 iterations, and each other constraint tha
 of the product of the first 1, 2, 4, ... sites are the largest absolute row sum (forward) and column sum (backward),
 means over tokens (figures 3 and 7 of arXiv 2512.24880).
 
-`trained`: a small Llama on characters, converted in each of these ways and trained for some hundred steps from one seed;
-gains of its composites in the last sample of a Monitor, and its loss on text that it was not trained on. One seed each:
-no verdict on which trains best.
+`trained`: a small Llama on characters, converted in each of these ways and trained for some hundred steps from one
+seed; gains of its composites in the last sample of a Monitor, and its loss on text that it was not trained on. One seed
+each: no verdict on which trains best.
 """
 
 from __future__ import annotations

@@ -74,7 +74,8 @@ class AdaptiveClip:
             raise ConfigError(wrong("momentum", repr(momentum), "a number in [0, 1)", "0.9 is the default"))
         for name, value in (("factor", factor), ("max_norm", max_norm)):
             if not _is_number(value) or not 0 < value < math.inf:
-                raise ConfigError(wrong(name, repr(value), "a finite number > 0", "factor=2.0 and max_norm=1.0 are the defaults"))
+                step = "factor=2.0 and max_norm=1.0 are the defaults"
+                raise ConfigError(wrong(name, repr(value), "a finite number > 0", step))
         if isinstance(warm_up, bool) or not isinstance(warm_up, int) or warm_up < 0:
             raise ConfigError(wrong("warm_up", repr(warm_up), "an integer >= 0", "100 is the default"))
         self.momentum, self.factor, self.warm_up, self.max_norm = momentum, factor, warm_up, max_norm
