@@ -1,6 +1,7 @@
 """Turn any PyTorch model into n-stream mHC (manifold-constrained hyper-connections, arXiv 2512.24880)."""
 
 from mhc_compile.checkpoint import load
+from mhc_compile.clipping import AdaptiveClip
 from mhc_compile.config import MHCConfig
 from mhc_compile.convert import history, mhc_compile, param_groups, recompute, restore
 from mhc_compile.errors import (
@@ -14,17 +15,22 @@ from mhc_compile.errors import (
 )
 from mhc_compile.explain import explain
 from mhc_compile.export import export_onnx
+from mhc_compile.gains import composite_gains, gain
+from mhc_compile.health import StabilityWarning
 from mhc_compile.hyper_connection import HyperConnection
-from mhc_compile.monitor import composite_gains, gain, observe
+from mhc_compile.monitor import Monitor
+from mhc_compile.observation import observe
 from mhc_compile.owning_backend import Backend
 from mhc_compile.partition import cost_model, partition
 from mhc_compile.pipeline import pipeline_schedule, pipeline_stages, stage_modules
 from mhc_compile.plan import Plan
 from mhc_compile.trace import trace
+from mhc_compile.update_scales import scale_updates
 from mhc_compile.verify import verify
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdaptiveClip",
     "Backend",
     "CaptureError",
     "ConfigError",
@@ -32,10 +38,12 @@ __all__ = [
     "HyperConnection",
     "MHCConfig",
     "MHCError",
+    "Monitor",
     "PartitionError",
     "Plan",
     "RewriteError",
     "ShapeError",
+    "StabilityWarning",
     "composite_gains",
     "cost_model",
     "explain",
@@ -51,6 +59,7 @@ __all__ = [
     "pipeline_stages",
     "recompute",
     "restore",
+    "scale_updates",
     "stage_modules",
     "trace",
     "verify",

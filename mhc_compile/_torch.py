@@ -68,6 +68,7 @@ __all__ = [
     "fresh_function",
     "function_transforms",
     "has_tangents",
+    "in_backward",
     "is_tracing",
     "make_fx",
     "outside_dynamo",
@@ -262,6 +263,11 @@ def function_transforms() -> list[str]:
 def forward_mode() -> bool:
     """A level of forward-mode differentiation is open: tensors may carry tangents."""
     return int(forward_ad._current_level) >= 0
+
+
+def in_backward() -> bool:
+    """Autograd runs a backward: a forward that runs now is an activation checkpoint's, for the second time."""
+    return int(torch._C._current_graph_task_id()) != -1
 
 
 def has_tangents(values: Iterable[object]) -> bool:

@@ -24,6 +24,8 @@ from mhc_compile.record import KEY, Record, SiteRecord
 from mhc_compile.sharding import run_gathered
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+Observer = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], str], None]
+"""What is told of each call of a converted model before it runs: model, args, kwargs, path of the part ('': all)."""
 STATE = "_mhc_conversion"
 TREE = "mhc"
 PART = "_mhc_part"  # of a part of a converted model
@@ -79,6 +81,7 @@ class Conversion:
     def __init__(self, original: type[nn.Module], record: Record, recompute: Recompute | None = None) -> None:
         self.original, self.record, self.recompute = original, record, recompute
         self.history: list[PassRecord] = []
+        self.observers: list[Observer] = []
         self._compiled: dict[str, Callable[..., Any]] = {}  # by the path of the part; '' is the whole model
         self._sites = preconditions.SiteCheck(record)
 
@@ -109,23 +112,46 @@ class Conversion:
         self._compiled.clear()
 
     def _retried(self, part: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for observer in tuple(self.observers):
+            observer(model, args, kwargs, part)
+        return self.with_hooks(self._call, part, model, args, kwargs)
+
+    def with_hooks(
+        self,
+        call: Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], Any],
+        part: str,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """`call`, once more where transformers has to set its hooks first; errors of a capture are explained."""
         try:
-            return self._call(part, model, args, kwargs)
+            return self._explained(call, part, model, args, kwargs)
         except CaptureError as error:
             if not hugging_face.had_no_output_hooks(error, model):
                 raise
-        return self._call(part, model, args, kwargs)
+        return self._explained(call, part, model, args, kwargs)
 
-    def _call(self, part: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _explained(
+        self,
+        call: Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], Any],
+        part: str,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         try:
             with _torch.compile_settings():
-                _, output = self._compiled[part](model, *args, **kwargs)
+                return call(part, model, args, kwargs)
         except Exception as error:
             run = model.get_submodule(part)
             found = preconditions.explained(error, run, getattr(model, TREE), self.record, args, kwargs)
             if found is error:
                 raise
             raise found from error
+
+    def _call(self, part: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        _, output = self._compiled[part](model, *args, **kwargs)
         if torch.is_grad_enabled() and self.record.config.backend != "eager":
             preconditions.watch_second_derivative(output)
         return output
@@ -149,17 +175,30 @@ class Conversion:
     @_torch.paused
     def compiled(self, model: nn.Module, backend: str, part: str = "", level: int = 2) -> Callable[..., Any]:
         """The anchored forward `(model, ...) -> (token, output)` of the model or of a part, freshly compiled."""
-        record = replace(self.record, config=replace(self.record.config, backend=backend))
+
+        def converting(record: Record, names: list[str]) -> ConvertingBackend:
+            config = replace(record.config, backend=backend)
+            return ConvertingBackend(replace(record, config=config), names, self.history, level, self.recompute)
+
+        return self.compiled_by(converting, model, part)
+
+    @_torch.paused
+    def compiled_by(
+        self, make: Callable[[Record, list[str]], Any], model: nn.Module, part: str = ""
+    ) -> Callable[..., Any]:
+        """The anchored forward, freshly compiled by the backend that `make(record, names of parameters)` gives."""
+        record = self.record
         names = [name for name, _ in getattr(model, TREE).named_parameters()]
         original = self.original
         if part:
             record, original = record_of_part(record, part), model.get_submodule(part).__dict__[PART].original
             names = [name for name in names if name.startswith(f"{part}.")]
-        converting = ConvertingBackend(record, names, self.history, level, self.recompute)
-        return torch.compile(_torch.fresh_function(anchored(original, part)), backend=converting, fullgraph=True)
+        backend = make(record, names)
+        return torch.compile(_torch.fresh_function(anchored(original, part)), backend=backend, fullgraph=True)
 
 
-for _method in (Conversion.run, Conversion._retried, Conversion._call):  # an outer compilation stays out of them
+_STEPS = (Conversion.run, Conversion._retried, Conversion.with_hooks, Conversion._explained, Conversion._call)
+for _method in _STEPS:  # an outer compilation stays out of them
     _torch.outside_dynamo(_method, _INLINED)
 
 

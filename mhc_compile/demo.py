@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from mhc_compile.convert import history, mhc_compile, param_groups
 from mhc_compile.explain import explain
-from mhc_compile.monitor import Gain, composite_gains, observe
+from mhc_compile.gains import Gain, composite_gains
+from mhc_compile.observation import observe
 from mhc_compile.verify import verify
 
 _SEED = 0

@@ -37,8 +37,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from mhc_compile import explain, mhc_compile, restore, trace, verify
+from mhc_compile import AdaptiveClip, Monitor, explain, mhc_compile, observe, restore, scale_updates, trace, verify
 from mhc_compile.errors import MHCError
+from mhc_compile.monitor_sample import Sample, sample_of
 from zoo import ZOO
 
 WORLD = 2
@@ -212,6 +213,36 @@ def trains_like_one_process(wrap: Wrap, kind: type[nn.Module] = Model, backend: 
         same_tensors(many.parameters, one.parameters)
 
 
+def watched_steps(model: nn.Module, run: nn.Module, data: list[Tensor]) -> list[Sample]:
+    """Train under a Monitor, with clipping and separate learning rates; gives the samples."""
+    optimizer = optimizer_of(model)
+    scale_updates(optimizer, model, res=0.1)
+    clip = AdaptiveClip(run, warm_up=1, max_norm=0.01)
+    with Monitor(run, every=1) as monitor:
+        for batch in data:
+            loss_of(run(batch)).backward()
+            clip()
+            optimizer.step()
+            optimizer.zero_grad()
+    return monitor.history
+
+
+def watched_like_one_process(wrap: Wrap) -> None:
+    """What is trained, and what is seen, is that of one process."""
+    data = batches(3)
+    alone, model = converted().train(), converted().train()
+    first = sample_of(0, observe(alone, half(data[0])).values())
+    expected = watched_steps(alone, alone, data)
+    actual = watched_steps(model, wrap(model), [half(batch) for batch in data])
+    same_parameters(model, alone)
+    assert actual[0].sites == first.sites, "the sites of this process's half"
+    for many, one in zip(actual, expected, strict=True):
+        assert many.gradients is not None and one.gradients is not None
+        pairs = [(many.gradients.whole, one.gradients.whole), (many.gradients.mhc, one.gradients.mhc)]
+        pairs += zip(many.gradients.sites.values(), one.gradients.sites.values(), strict=True)
+        assert all(abs(a - b) <= 1e-5 * abs(b) for a, b in pairs), pairs
+
+
 @contextlib.contextmanager
 def refused(*words: str) -> Iterator[None]:
     """The body raises an error of the package that says all of `words`."""
@@ -233,6 +264,10 @@ def ddp(**options: Any) -> Wrap:
 
 def check_ddp() -> None:
     trains_like_one_process(ddp())
+
+
+def check_ddp_watched() -> None:
+    watched_like_one_process(ddp())
 
 
 def tiny_buckets(model: nn.Module) -> nn.Module:
@@ -329,6 +364,10 @@ def everything_in_parts(model: nn.Module) -> nn.Module:
 def check_fsdp_root() -> None:
     trains_like_one_process(on_root)
     trains_like_one_process(on_root, backend="aot_eager")
+
+
+def check_fsdp_watched() -> None:
+    watched_like_one_process(on_blocks)
 
 
 def check_fsdp_blocks() -> None:

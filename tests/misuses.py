@@ -26,12 +26,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphs import randomize, zoo_model
 from mhc_compile import (
+    AdaptiveClip,
     Backend,
     CaptureError,
     ConfigError,
     ExportError,
     HyperConnection,
     MHCConfig,
+    Monitor,
     PartitionError,
     Plan,
     RewriteError,
@@ -48,6 +50,7 @@ from mhc_compile import (
     partition,
     recompute,
     restore,
+    scale_updates,
     trace,
     verify,
 )
@@ -1198,6 +1201,100 @@ def the_gain_of_one_matrix_that_is_not_square(_: Path) -> Situation:
 @misuse(TOOLS, ShapeError, "the mixing matrices is [3, 4, 4]", "[3, 2, 2], that of the sites before", "of one trunk")
 def composite_gains_over_two_trunks(_: Path) -> Situation:
     return Situation(lambda: composite_gains([torch.ones(3, 2, 2), torch.ones(3, 4, 4)]))
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+TRAINING = "Watching and training"
+
+
+@misuse(TRAINING, RewriteError, "Net is not converted", "a converted model", CONVERT_FIRST)
+def monitor_of_a_plain_model(_: Path) -> Situation:
+    return not_converted(Monitor)
+
+
+@misuse(TRAINING, RewriteError, "Net is not converted yet", "a converted model", "call it once")
+def monitor_of_a_model_that_waits(_: Path) -> Situation:
+    return before_first_call(Monitor)
+
+
+@misuse(TRAINING, RewriteError, "2 converted models", "a module that holds one", "each of them by itself")
+def monitor_of_two_models(_: Path) -> Situation:
+    both = nn.ModuleList([converted(), converted()])
+    return Situation(lambda: Monitor(both))
+
+
+@misuse(TRAINING, ConfigError, "n is 1", "a model converted with n >= 2", "there is nothing to watch")
+def monitor_of_one_stream(_: Path) -> Situation:
+    return using(mhc_compile(net(), 1, backend="eager", example_inputs=X), Monitor)
+
+
+@misuse(TRAINING, ConfigError, "every is 0", "an integer >= 1", "every=100")
+def monitor_every_0th_step(_: Path) -> Situation:
+    return using(converted(), lambda model: Monitor(model, every=0))
+
+
+@misuse(TRAINING, ConfigError, "max_gain is 0.5", "a number >= 1", "3.0 is the default")
+def monitor_with_a_bound_below_1(_: Path) -> Situation:
+    return using(converted(), lambda model: Monitor(model, max_gain=0.5))
+
+
+@misuse(TRAINING, ConfigError, "the Monitor is entered already", "one that is not entered", "Monitor(model)")
+def monitor_entered_twice(_: Path) -> Situation:
+    model = converted()
+    monitor = Monitor(model).__enter__()
+    return Situation(monitor.__enter__, model, lambda: model(X), undo=lambda: monitor.__exit__(None, None, None))
+
+
+@misuse(TRAINING, ConfigError, "the Monitor is empty", "a Monitor with a sample", "call the model in train mode")
+def monitor_plot_before_a_sample(_: Path) -> Situation:
+    return using(converted(), lambda model: Monitor(model).plot("gains.png"))
+
+
+@misuse(TRAINING, RewriteError, "restored since its Monitor was made", "the conversion as it was then", "after the Mon")
+def monitor_of_a_restored_model(_: Path) -> Situation:
+    model = converted()
+    monitor = Monitor(model)
+    return using(restore(model), lambda model: monitor.__enter__())
+
+
+@misuse(TRAINING, ConfigError, "momentum is 1", "a number in [0, 1)", "0.9 is the default")
+def clip_with_a_momentum_of_1(_: Path) -> Situation:
+    return using(converted(), lambda model: AdaptiveClip(model, momentum=1))
+
+
+@misuse(TRAINING, ConfigError, "factor is nan", "a finite number > 0", "max_norm=1.0 are the defaults")
+def clip_with_a_factor_of_nan(_: Path) -> Situation:
+    return using(converted(), lambda model: AdaptiveClip(model, factor=float("nan")))
+
+
+@misuse(TRAINING, ConfigError, "warm_up is -1", "an integer >= 0", "100 is the default")
+def clip_with_a_negative_warm_up(_: Path) -> Situation:
+    return using(converted(), lambda model: AdaptiveClip(model, warm_up=-1))
+
+
+@misuse(TRAINING, ConfigError, "one with step", "one with steps, own and mhc", "state_dict() of an AdaptiveClip")
+def clip_from_another_state(_: Path) -> Situation:
+    return using(converted(), lambda model: AdaptiveClip(model).load_state_dict({"step": 3}))
+
+
+@misuse(TRAINING, ConfigError, "res is -0.1", "a finite number >= 0", "1.0 leaves its updates as they are")
+def scale_updates_by_less_than_0(_: Path) -> Situation:
+    optimizer = lambda model: torch.optim.SGD(model.parameters(), lr=0.1)  # noqa: E731
+    return using(converted(), lambda model: scale_updates(optimizer(model), model, res=-0.1))
+
+
+@misuse(TRAINING, ConfigError, "without mHC parameters of the model", "one that holds them", "param_groups(model)")
+def scale_updates_of_an_optimizer_built_too_early(_: Path) -> Situation:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    mhc_compile(model, 2, backend="eager", example_inputs=X)
+    return using(model, lambda model: scale_updates(optimizer, model, res=0.1))
+
+
+@misuse(TRAINING, ConfigError, "optimizer is a list", "a torch.optim.Optimizer", "that a wrapper holds")
+def scale_updates_of_no_optimizer(_: Path) -> Situation:
+    return using(converted(), lambda model: scale_updates([], model, res=0.1))  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------- memory and stages

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from mhc_compile import Monitor, mhc_compile
 from mhc_compile.passes import residuals, select, trunks
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -40,7 +41,7 @@ def run(name: str, **size: Any) -> dict[str, Any]:
 
 
 def test_every_example_is_tested() -> None:
-    tested = {"llama", "vit_digits", "own_module", "upcycle", "deepseek_v4", "memory", "pipeline"}
+    tested = {"llama", "vit_digits", "own_module", "upcycle", "deepseek_v4", "memory", "monitoring", "pipeline"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -143,3 +144,35 @@ def test_links_lead_somewhere() -> None:
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_code_of_the_page_on_monitoring_runs(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    model = mhc_compile(LlamaForCausalLM(LlamaConfig(**sizes, use_cache=False)), 4, backend="eager")
+    ids = torch.arange(8)[None]
+    text = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {"model": model, "batches": [{"input_ids": ids, "labels": ids}] * 2}
+    exec(compile(code, "monitoring.md", "exec"), names | {"picture": tmp_path / "gains.png"})
+    assert (tmp_path / "gains.png").exists()
+    logged = set(re.findall(r"`(mhc/[\w/]+)`", text))
+    known = {key.replace("model.layers.0.mlp", "SITE").replace("SITE/0", "SITE/STREAM") for key in logged_keys(model)}
+    assert len(logged) > 15 and logged <= known
+
+
+def logged_keys(model: torch.nn.Module) -> set[str]:
+    """Of a step with gradients."""
+    ids = torch.arange(8)[None]
+    with Monitor(model) as monitor:
+        model(input_ids=ids, labels=ids).loss.backward()
+        monitor.gradients()
+    return set(monitor.log())
+
+
+def test_monitoring(tmp_path: Path) -> None:
+    found = importlib.import_module("monitoring").main(steps=4, layers=1, every=3, picture=tmp_path / "gains.png")
+    assert [sample.step for sample in found.history] == [0, 3]
+    assert all(sample.gradients is not None for sample in found.history)
+    assert found.history[1].sites[-1].similarity < found.history[0].sites[-1].similarity == pytest.approx(1)

@@ -7,7 +7,6 @@ itself.  A site that was lowered needs neither.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
