@@ -67,7 +67,7 @@ def check_same(own: Record, loaded: Record) -> None:
             wrong(
                 "the checkpoint",
                 "of another conversion: " + "; ".join(found),
-                "weights of the same n, iterations, eps, tie_shared and sites",
+                "weights of the same n, constraint, iterations, eps, tie_shared and sites",
                 "restore(model), then mhc_compile.load(checkpoint, model) converts as the checkpoint says",
             )
         )
@@ -260,6 +260,9 @@ def connection(site: SiteRecord, config: MHCConfig, device: torch.device | None)
         iterations=config.iterations,
         eps=config.eps,
         implicit_gradient=config.implicit_gradient,
+        constraint=site.constraint or config.constraint,
+        fixed=config.fixed,
+        dynamic=config.dynamic,
         device=device,
     )
     return made.double() if site.double else made

@@ -183,7 +183,7 @@ def _unfused(analysis: Analysis, config: MHCConfig) -> list[str]:
     """The sites that keep an op for each term, and why. Rewrites the graph: the analysis is used up."""
     if config.n == 1:
         return []
-    look_up, _ = bind_parameters(analysis.graph, analysis.sites, config.n)
+    look_up, _ = bind_parameters(analysis.graph, analysis.sites, config)
     rewrite(analysis, config, look_up)
     return [*lower(analysis.graph).notes, *fuse(analysis.graph).notes]
 

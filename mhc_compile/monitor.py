@@ -13,6 +13,8 @@ from mhc_compile.conversion import conversion
 from mhc_compile.errors import ConfigError, ShapeError, wrong
 from mhc_compile.trace import rewritten
 
+mhc = torch.ops.mhc
+
 
 @dataclass(frozen=True)
 class SiteCoefficients:
@@ -66,9 +68,11 @@ class _Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         seen = self.seen.setdefault(n.meta.get("mhc_site", ""), {})
-        if n.target is torch.ops.mhc.coefficients.default:
+        if n.target in (mhc.coefficients.default, mhc.gates.default):
             seen["pre"], seen["post"] = (part.flatten(0, -2) for part in result[:2])
-        elif n.target is torch.ops.mhc.sinkhorn.default:
+            streams = seen["pre"].shape[-1]
+            seen["res"] = torch.eye(streams).to(seen["pre"]).expand(len(seen["pre"]), streams, streams)  # if no op says
+        elif n.target in (mhc.sinkhorn.default, mhc.constrain.default):
             seen["res"] = result.flatten(0, -3)
         return result
 

@@ -148,7 +148,7 @@ class Backend:
             )
             return plain
         analysis = recorded_analysis(graph, record)
-        look_up, names = bind_parameters(graph, analysis.sites, record.config.n)
+        look_up, names = bind_parameters(graph, analysis.sites, record.config)
         history += [*analysis.records, *rewrite(analysis, record.config, look_up)]
         added = [tree.get_parameter(name) for name in names]
         fake = _torch.as_fake(example_inputs, added)
