@@ -2,7 +2,7 @@
 
 from mhc_compile.checkpoint import load
 from mhc_compile.config import MHCConfig
-from mhc_compile.convert import history, mhc_compile, param_groups, recompute, restore
+from mhc_compile.convert import history, mhc_compile, param_groups, recompute, restore, set_iterations
 from mhc_compile.errors import (
     CaptureError,
     ConfigError,
@@ -49,6 +49,7 @@ __all__ = [
     "pipeline_stages",
     "recompute",
     "restore",
+    "set_iterations",
     "stage_modules",
     "trace",
     "verify",

@@ -217,3 +217,32 @@ CONSTRAINTS: dict[str, Constraint] = {
         ),
     )
 }
+
+
+_KERNELS = {
+    SITE: "all ops of a site, across sites",
+    STREAMS: "coefficients, aggregate, merge",
+    MERGE: "aggregate, merge",
+}
+
+
+def markdown_table() -> str:
+    """The table as docs/manifolds.md has it."""
+    head = ("`constraint=`", "res", "logits", "n", *PROMISES, "pre, post", "Triton kernels", "from")
+    rows = [head, ("---",) * len(head)]
+    for one in CONSTRAINTS.values():
+        promised = ("yes" if promise in one.promises else "" for promise in PROMISES)
+        gate = "sigmoid, 2 sigmoid" if one.bounded else "tanh"
+        rows.append(
+            (
+                f"`{one.name}`",
+                one.words,
+                one.count_text,
+                f"to {one.most}",
+                *promised,
+                gate,
+                _KERNELS[one.kernels],
+                one.source,
+            )
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,18 +19,34 @@ from graphs import (
     divergence,
     fresh,
     own_parameters,
+    randomize,
     result_of,
 )
-from mhc_compile import HyperConnection, MHCConfig, mhc_compile
+from mhc_compile import (
+    Backend,
+    ConfigError,
+    HyperConnection,
+    MHCConfig,
+    RewriteError,
+    composite_gains,
+    explain,
+    history,
+    load,
+    mhc_compile,
+    observe,
+    set_iterations,
+    trace,
+    verify,
+)
 from mhc_compile.config import PARTS
-from mhc_compile.constraints import CONSTRAINTS, PROMISES
+from mhc_compile.constraints import CONSTRAINTS, PROMISES, markdown_table
 from mhc_compile.conversion import connection
 from mhc_compile.kernels import manifold_ops, reference
 from mhc_compile.passes.bind import bind_parameters
 from mhc_compile.passes.capture import Captured
 from mhc_compile.passes.emit import copy_graph
 from mhc_compile.passes.rewrite import analyze, rewrite
-from mhc_compile.record import SiteRecord
+from mhc_compile.record import Record, SiteRecord
 from mhc_compile.site_form import SiteForm
 
 pytestmark = [
@@ -122,6 +139,13 @@ def test_starts_near_the_identity(name: str, n: int) -> None:
     res = entry.res(start.view(n, n) if len(start) == n * n else start, n)
     assert (res.sum(-1) - 1).abs().max() < 1e-6
     assert res.diagonal().min() >= 0.9 - 1e-6
+
+
+def test_the_page_has_the_table() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "manifolds.md").read_text()
+    _, table, _ = page.replace("<!-- end of table -->", "<!-- table -->").split("<!-- table -->")
+    assert table.strip() == markdown_table()
+    assert all(f"- *{name}*: {words}.\n" in page for name, words in PROMISES.items())
 
 
 # ---------------------------------------------------------------------------------------------- the ops
@@ -322,3 +346,164 @@ def test_streams_diverge(name: str) -> None:
         optimizer.step()
     assert divergence(model, {"x": x}) > 1e-4
     assert all(not torch.equal(one, before[name]) for name, one in model.named_parameters()), "one is not trained"
+
+
+# ---------------------------------------------------------------------------------------------- single-pass reads
+
+
+class Tapped(Tower):
+    """A tower that shows what it has behind each block, too."""
+
+    def forward(self, x: Tensor) -> Any:
+        taps = [x := block(x) for block in self.blocks]
+        return self.head(x), taps
+
+
+def test_single_pass_equations() -> None:
+    """u_0 = x, u_l+1 = sum_i pre_l,i X_l+1,i and y = sum_i pre_L-1,i X_L,i, as a loop over modules; a tap reads u."""
+    torch.manual_seed(0)
+    model, x = Tapped(), torch.randn(5, 8)
+    mhc_compile(model, n=4, example_inputs=x, backend="eager", single_pass=True)
+    randomize(model)
+    output, taps = model(x)
+    streams, u = x.unsqueeze(-2).expand(5, 4, 8), x
+    for number, block in enumerate(model.blocks):
+        pre, post, res = model.mhc.get_submodule(f"blocks.{number}.linear")(streams)
+        f = torch.tanh(block.linear(block.norm(u)))
+        streams = res @ streams + post.unsqueeze(-1) * f.unsqueeze(-2)
+        u = (pre.unsqueeze(-1) * streams).sum(-2)
+        assert torch.allclose(taps[number], u, atol=1e-5)
+    assert torch.allclose(output, model.head(u), atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- doors
+
+# Forms that go another way through the code than Sinkhorn's, for tests that are too long for all.
+FEW = ["lite", "spectral", "static", "unconstrained", "single pass"]
+
+
+@pytest.mark.parametrize("name", [*FEW, "identity", "orthogonal", "pre fixed"])
+def test_level_2_and_replay_compute_the_same(name: str) -> None:
+    """Level-1 ops, what `lower` and `fuse` make of them, and recomputation, gradients of all parameters included."""
+    model, x = tower(**FORMS[name])
+    randomize(model)
+    expected = result_of(lambda: model(x), dict(model.named_parameters()))
+    torch.manual_seed(0)
+    assert (expected.outputs[0] - Tower()(x)).abs().max() > 1e-3, "the test could not tell mHC from plain"
+    for backend, options in (("eager", {"recompute": 2}), ("aot_eager", {}), ("aot_eager", {"recompute": 2})):
+        other, _ = tower(**{**FORMS[name], "backend": backend, **options})
+        other.load_state_dict(model.state_dict())
+        actual = result_of(lambda: other(x), dict(other.named_parameters()))  # noqa: B023
+        assert_same(expected, actual, outputs=1e-5, gradients=1e-4)
+
+
+@pytest.mark.slow
+def test_inductor() -> None:
+    """Two sites of different forms under inductor."""
+    model, x = tower(constraint="lite", single_pass=True, site_constraints={"blocks.1*": "unconstrained"})
+    randomize(model)
+    expected = result_of(lambda: model(x), dict(model.named_parameters()))
+    same, _ = tower(
+        constraint="lite", single_pass=True, site_constraints={"blocks.1*": "unconstrained"}, backend="inductor"
+    )
+    same.load_state_dict(model.state_dict())
+    assert_same(expected, result_of(lambda: same(x), dict(same.named_parameters())), outputs=1e-5, gradients=1e-4)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_export_and_verify(name: str) -> None:
+    model, x = tower(**FORMS[name])
+    randomize(model)
+    report = verify(model, x)
+    assert report.passed, str(report)
+    assert torch.allclose(trace(model, x)(x), model(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_record_keeps_the_form(name: str) -> None:
+    """A state_dict loads into a plain model as its record says, and not into another conversion."""
+    model, x = tower(**FORMS[name])
+    randomize(model)
+    torch.manual_seed(0)
+    loaded = load(model.state_dict(), Tower())
+    assert loaded.mhc.record == model.mhc.record
+    assert torch.equal(loaded(x), model(x))
+    if name != "sinkhorn":
+        with pytest.raises(ConfigError, match="of another conversion"):
+            tower()[0].load_state_dict(model.state_dict())
+
+
+def test_records_of_earlier_releases_are_sinkhorns() -> None:
+    """A record without the new options is that of Sinkhorn; and such a conversion still writes it without them."""
+    record = tower()[0].mhc.record
+    written = record.as_dict()
+    assert not {"constraint", "fixed", "dynamic", "single_pass"} & written["config"].keys()
+    assert not any("constraint" in site for site in written["sites"])
+    assert Record.from_dict(written) == record
+
+
+def test_backend_owns_the_form() -> None:
+    torch.manual_seed(0)
+    model, x = Tower(), torch.randn(5, 8)
+    expected = model(x)
+    backend = Backend(n=4, constraint="orthogonal", site_constraints=lambda site: "lite" if "0" in site.name else None)
+    fast = torch.compile(model, backend=backend, fullgraph=True)
+    assert torch.allclose(fast(x), expected, atol=1e-6)
+    assert {tuple(one.shape) for name, one in backend.named_parameters() if "bias" in name} == {(24,), (32,)}
+
+
+def test_explain_and_history_say_what_has_no_kernel() -> None:
+    for name, words in (("lite", "coefficients in this form"), ("spectral", "whose res is spectral")):
+        model, x = tower(**FORMS[name])
+        model(x)
+        notes = [note for record in history(model) for note in record.notes]
+        assert any("4 sites are not fused" in note and words in note for note in notes), notes
+        assert any(words in note for note in explain(model, x).notes)
+    notes = explain(*tower(single_pass=True)).notes
+    assert any("4 states are read with the pre of the site before" in note for note in notes)
+    assert not any("not fused" in note for note in explain(*tower(constraint="identity")).notes)
+
+
+def test_observe_gives_every_form() -> None:
+    for options in FORMS.values():
+        model, x = tower(**options)
+        found = list(observe(model, x).values())
+        assert [one.res.shape for one in found] == [(5, 4, 4)] * 4 and found[0].pre.shape == (5, 4)
+        assert composite_gains([one.res for one in found])[-1].forward == pytest.approx(1, abs=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- each site its own
+
+
+def test_sites_of_one_model_differ() -> None:
+    choice = {"blocks": "lite", "blocks.2*": "identity", "blocks.0.linear": "sinkhorn"}
+    model, x = tower(site_constraints=choice)
+    found = [site.form(model.mhc.record.config).constraint for site in model.mhc.record.sites]
+    assert found == ["sinkhorn", "lite", "identity", "lite"]
+    assert [model.mhc.get_submodule(f"blocks.{number}.linear").constraint for number in range(4)] == found
+    assert verify(model, x)
+    randomize(model)
+    torch.manual_seed(0)
+    assert torch.equal(load(model.state_dict(), Tower())(x), model(x))
+    with pytest.raises(ConfigError, match="is 'identity', here 'lite'"):
+        tower(site_constraints={"blocks": "lite", "blocks.0.linear": "sinkhorn"})[0].load_state_dict(model.state_dict())
+
+
+def test_iterations_may_change_in_training() -> None:
+    """Each number compiles once; the function is that of a model converted with it."""
+    model, x = tower(n=3, iterations=1)
+    randomize(model, scale=2.0)
+    one = model(x)
+    compiled = len(history(model))
+    assert set_iterations(model, 7) is model
+    seven = model(x)
+    assert (seven - one).abs().max() > 1e-5 and model.mhc.record.config.iterations == 7
+    assert len(history(model)) > compiled
+    other, _ = tower(n=3, iterations=7)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), seven)
+    compiled = len(history(model))
+    assert torch.equal(set_iterations(model, 1)(x), one) and torch.equal(set_iterations(model, 7)(x), seven)
+    assert len(history(model)) == compiled, "a number was compiled twice"
+    with pytest.raises(RewriteError, match="converted with 'lite'"):
+        set_iterations(tower(constraint="lite")[0], 3)

@@ -72,7 +72,11 @@ def lower(gm: fx.GraphModule, compiled: bool = False) -> Outcome:
     for start, reason in zip(starts, found, strict=True):
         if isinstance(reason, str):
             kept.setdefault(reason, []).append(start.meta.get("mhc_site") or source_line(start) or start.name)
-    return Outcome(any(isinstance(site, SiteOps) for site in found), tuple(map(_note, kept, kept.values())))
+    notes = [_note(reason, names) for reason, names in kept.items()]
+    early = sum(isinstance(site, SiteOps) and not site.aggregates and bool(site.merges) for site in found)
+    if early:
+        notes.append(f"{early} states are read with the pre of the site before: no kernel does that in the same pass")
+    return Outcome(any(isinstance(site, SiteOps) for site in found), tuple(notes))
 
 
 # ---------------------------------------------------------------------------------------------- pattern and check
