@@ -1,4 +1,4 @@
-"""Every constraint on one small GPT-2: loss, composite gain by depth, time of a step.
+"""Every constraint on one small GPT: loss, composite gain by depth, time of a step.
 
 The same weights, converted with each way to keep `res` in bounds, are trained on the same byte-level English text. From
 scratch the streams start with `init="paper"`; here all start as the plain model, so the curves start together. What is
@@ -16,8 +16,8 @@ from typing import Any
 
 import matplotlib
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from mhc_compile import composite_gains, mhc_compile, observe, param_groups
 from mhc_compile.constraints import CONSTRAINTS
@@ -77,25 +77,46 @@ def text(steps: int) -> list[Tensor]:
     return [torch.stack([data[start : start + LENGTH] for start in row.tolist()]) for row in starts]
 
 
+class Block(nn.Module):
+    """Causal attention and an MLP, each behind a norm and added to the trunk."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.norms = heads, nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norms[0](x)).chunk(3, -1)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norms[1](x))))
+
+
+class GPT(nn.Module):
+    """Bytes in, logits of the next byte out."""
+
+    def __init__(self, layers: int, width: int, heads: int = 4) -> None:
+        super().__init__()
+        self.bytes, self.places = nn.Embedding(256, width), nn.Embedding(LENGTH, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.bytes(ids) + self.places.weight[: ids.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
 def train(name: str, layers: int, width: int, batches: list[Tensor], options: dict[str, Any] | None) -> Run:
     """Train a fresh model, converted with `options` unless they are None."""
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=256,
-        n_positions=LENGTH,
-        n_embd=width,
-        n_layer=layers,
-        n_head=4,
-        bos_token_id=0,
-        eos_token_id=0,
-        use_cache=False,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    )
-    model: nn.Module = GPT2LMHeadModel(config)
+    model: nn.Module = GPT(layers, width)
     if options is not None:
-        mhc_compile(model, backend="eager", **options)
+        mhc_compile(model, backend="eager", example_inputs=batches[0], **options)
     groups = param_groups(model, weight_decay=0.1)
     for group in groups:
         group["lr"] = 10 * LR if group["name"] == "mhc" else LR  # behind alpha = 0.01 they hardly move otherwise
@@ -104,13 +125,13 @@ def train(name: str, layers: int, width: int, batches: list[Tensor], options: di
     for ids in batches:
         start = time.perf_counter()
         optimizer.zero_grad()
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()
         optimizer.step()
         run.losses.append(loss.item())
         run.seconds.append(time.perf_counter() - start)
     if options is not None:
-        sites = observe(model.eval(), {"input_ids": batches[0]}).values()
+        sites = observe(model.eval(), batches[0]).values()
         run.gains = composite_gains([site.res for site in sites])
     print(f"{name:14} loss {run.losses[0]:.3f} -> {run.last:.3f}")
     return run

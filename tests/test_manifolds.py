@@ -34,7 +34,9 @@ from mhc_compile import (
     load,
     mhc_compile,
     observe,
+    partition,
     set_iterations,
+    stage_modules,
     trace,
     verify,
 )
@@ -507,3 +509,16 @@ def test_iterations_may_change_in_training() -> None:
     assert len(history(model)) == compiled, "a number was compiled twice"
     with pytest.raises(RewriteError, match="converted with 'lite'"):
         set_iterations(tower(constraint="lite")[0], 3)
+
+
+@pytest.mark.parametrize("name", ["lite", "static", "single pass"])
+def test_stages_of_a_pipeline(name: str) -> None:
+    """The cost model knows the ops, and the stages one after the other are the whole; a pre may cross a cut."""
+    model, x = tower(**FORMS[name])
+    randomize(model)
+    plan = partition(model, x, stages=2, microbatches=2)
+    value: Any = (x,)
+    for stage in stage_modules(plan, model, x):
+        value = stage(*value)
+        value = value if isinstance(value, tuple) else (value,)
+    assert torch.allclose(value[0], model(x), atol=1e-6)
