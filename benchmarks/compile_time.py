@@ -110,7 +110,7 @@ def _run_passes(graph: torch.fx.GraphModule) -> float:
     gc.collect()
     start = time.perf_counter()
     analysis = analyze(graph)
-    look_up, _ = bind_parameters(graph, analysis.sites, 4)
+    look_up, _ = bind_parameters(graph, analysis.sites, MHCConfig(n=4))
     rewrite(analysis, MHCConfig(n=4), look_up)
     return time.perf_counter() - start
 

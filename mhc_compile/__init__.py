@@ -3,7 +3,7 @@
 from mhc_compile.checkpoint import load
 from mhc_compile.clipping import AdaptiveClip
 from mhc_compile.config import MHCConfig
-from mhc_compile.convert import history, mhc_compile, param_groups, recompute, restore
+from mhc_compile.convert import history, mhc_compile, param_groups, recompute, restore, set_iterations
 from mhc_compile.errors import (
     CaptureError,
     ConfigError,
@@ -60,6 +60,7 @@ __all__ = [
     "recompute",
     "restore",
     "scale_updates",
+    "set_iterations",
     "stage_modules",
     "trace",
     "verify",

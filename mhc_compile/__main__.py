@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mhc_compile.config import BACKENDS, INITS, MHCConfig
+from mhc_compile.constraints import CONSTRAINTS
 from mhc_compile.errors import ConfigError, MHCError, RewriteError, wrong
 
 _MODEL = """\
@@ -96,6 +97,7 @@ def _add_verify(commands: Any) -> None:
     verify.add_argument(
         "--backend", choices=BACKENDS, help="what compiles the model for the last checks (default: aot_eager)"
     )
+    _add_manifold(verify)
     _add_seed(verify)
     verify.set_defaults(run=_verify)
 
@@ -113,6 +115,7 @@ def _add_convert(commands: Any) -> None:
     convert.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write: new, or empty")
     convert.add_argument("--n", type=int, default=MHCConfig.n, help="number of streams (default: %(default)s)")
     convert.add_argument("--init", choices=INITS, default=MHCConfig.init, help="initialisation (default: %(default)s)")
+    _add_manifold(convert)
     for name, words in (("--only", "convert no other sites than these"), ("--skip", "leave these adds plain")):
         convert.add_argument(
             name, action="append", metavar="PATTERN", help=f"{words}: a module name such as '*.mlp'; repeatable"
@@ -174,6 +177,16 @@ def _model_command(
     return command
 
 
+def _add_manifold(command: argparse.ArgumentParser) -> None:
+    """What keeps res in bounds, and how streams are read."""
+    command.add_argument(
+        "--constraint", choices=CONSTRAINTS, help="what keeps the mixing of streams in bounds (default: sinkhorn)"
+    )
+    command.add_argument(
+        "--single-pass", action="store_true", help="read each state with the coefficients of the site before"
+    )
+
+
 def _add_seed(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=0, help="of random weights (default: %(default)s)")
 
@@ -218,15 +231,16 @@ def _verify(options: argparse.Namespace) -> int:
 
     # The check at step 0 brings the identity itself. The others would see equal streams with it.
     n = MHCConfig.n if options.n is None else options.n
-    config = MHCConfig(n=n, init="paper", backend=options.backend or "aot_eager")
+    config = MHCConfig(n=n, init="paper", backend=options.backend or "aot_eager", **_manifold(options))
     with _only_json(options.json):
         built, inputs = _seeded(options)
         model = built.model
         if is_converted(model):
-            for name in ("n", "backend"):
-                if getattr(options, name) is not None:
-                    step = f"leave --{name} away"
-                    raise ConfigError(wrong(f"--{name}", "given", "for a model that is not converted yet", step))
+            for name in ("n", "backend", "constraint", "single_pass"):
+                if getattr(options, name) not in (None, False):
+                    flag = name.replace("_", "-")
+                    step = f"leave --{flag} away"
+                    raise ConfigError(wrong(f"--{flag}", "given", "for a model that is not converted yet", step))
         else:
             with _progress(f"converting {type(model).__name__} to n = {n}"):
                 mhc_compile(model, config=config, example_inputs=inputs)
@@ -239,7 +253,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> int:
     from mhc_compile.convert import mhc_compile
 
-    config = MHCConfig(n=options.n, init=options.init)
+    config = MHCConfig(n=options.n, init=options.init, **_manifold(options))
     if config.n == 1:
         raise ConfigError(wrong("--n", 1, "2 or more", "with n = 1 the model stays the plain one"))
     _check_empty(options.out)
@@ -281,6 +295,10 @@ def _export(options: argparse.Namespace) -> int:
             written = export_onnx(model, inputs, options.out, dynamic=not options.fixed)
     _print(written.as_dict() if options.json else written)
     return 0
+
+
+def _manifold(options: argparse.Namespace) -> dict[str, Any]:
+    return {"constraint": options.constraint or MHCConfig.constraint, "single_pass": options.single_pass}
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -19,6 +19,11 @@ from torch import fx
 
 try:
     import torch._dynamo
+    from torch._C import (
+        DispatchKey,
+        _dispatch_tls_is_dispatch_key_excluded,
+        _dispatch_tls_set_dispatch_key_excluded,
+    )
     from torch._C._dynamo.eval_frame import set_eval_frame
     from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
     from torch._dynamo.backends.registry import lookup_backend
@@ -67,6 +72,7 @@ __all__ = [
     "forward_mode",
     "fresh_function",
     "function_transforms",
+    "gradients_inside_op",
     "has_tangents",
     "in_backward",
     "is_tracing",
@@ -276,6 +282,32 @@ def has_tangents(values: Iterable[object]) -> bool:
         return False
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)  # type: ignore[no-untyped-call]
+
+
+_AUTOGRAD_KEYS = (DispatchKey.AutogradFunctionality, DispatchKey.AutogradOther, DispatchKey.ADInplaceOrView)
+
+
+def gradients_inside_op(
+    formula: Callable[..., Any], inputs: Iterable[torch.Tensor], grads: Any
+) -> tuple[torch.Tensor, ...]:
+    """The gradients of `formula(*inputs)`, plain torch, in the body of a custom op: autograd is switched off there.
+
+    Of an input that the formula does not read: zeros. (torch.func.vjp works there too, but not under a dispatch mode.)
+    """
+    was = [(key, _dispatch_tls_is_dispatch_key_excluded(key)) for key in _AUTOGRAD_KEYS]
+    try:
+        for key, _ in was:
+            _dispatch_tls_set_dispatch_key_excluded(key, False)
+        with torch.enable_grad():
+            leaves = [one.detach().requires_grad_() for one in inputs]
+            outputs = formula(*leaves)
+            pairs = zip(outputs, grads, strict=True) if isinstance(outputs, tuple) else [(outputs, grads)]
+            kept = [(output, grad) for output, grad in pairs if output.requires_grad]
+            tensors, given = zip(*kept, strict=True)
+            return torch.autograd.grad(tensors, leaves, given, allow_unused=True, materialize_grads=True)
+    finally:
+        for key, excluded in was:
+            _dispatch_tls_set_dispatch_key_excluded(key, excluded)
 
 
 def _logging_functions() -> set[Any]:

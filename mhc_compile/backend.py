@@ -16,6 +16,7 @@ from torch import fx
 from mhc_compile import _torch
 from mhc_compile.errors import RewriteError
 from mhc_compile.kernels.devices import fingerprint
+from mhc_compile.passes.bind import named_parameters
 from mhc_compile.passes.capture import normalize
 from mhc_compile.passes.eager_replay import replaying
 from mhc_compile.passes.emit import Emitter
@@ -30,7 +31,6 @@ from mhc_compile.passes.recompute import Blocks, tag
 from mhc_compile.passes.recompute import fingerprint as blocks_fingerprint
 from mhc_compile.passes.recompute_choice import Recompute
 from mhc_compile.passes.rewrite import Analysis, analyze, keep_sites, leave_plain, rename, rewrite
-from mhc_compile.passes.trunks import Site
 from mhc_compile.record import Record
 
 ANCHOR = torch.ops.mhc.anchor.default
@@ -83,12 +83,8 @@ class ConvertingBackend:
         if self.record.config.n == 1:
             return []  # the plain add, bit for bit: not even its spelling changes
         analysis = recorded_analysis(graph, self.record)
-        nodes = dict(zip(self.parameters, held, strict=True))
-
-        def parameters_of(site: Site) -> tuple[fx.Node, fx.Node, fx.Node]:
-            return nodes[f"{site.name}.phi"], nodes[f"{site.name}.alpha"], nodes[f"{site.name}.bias"]
-
-        return [*analysis.records, *rewrite(analysis, self.record.config, parameters_of)]
+        look_up = named_parameters(dict(zip(self.parameters, held, strict=True)), self.record.config)
+        return [*analysis.records, *rewrite(analysis, self.record.config, look_up)]
 
 
 def compile_rewritten(
@@ -145,6 +141,9 @@ def recorded_analysis(graph: fx.GraphModule, record: Record) -> Analysis:
     chosen = leave_plain(analysis, record.plain) if record.plain else analysis
     absent = trunks_not_run(record, chosen)
     keep_sites(chosen, {name: shape for name, shape in known.items() if name not in absent})
+    own = {site.name: site.constraint for site in record.sites}
+    for site in chosen.sites:
+        site.constraint = own[site.name]
     return chosen
 
 

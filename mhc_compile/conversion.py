@@ -69,7 +69,7 @@ def check_same(own: Record, loaded: Record) -> None:
             wrong(
                 "the checkpoint",
                 "of another conversion: " + "; ".join(found),
-                "weights of the same n, iterations, eps, tie_shared and sites",
+                "weights of the same n, constraint, iterations, eps, tie_shared and sites",
                 "restore(model), then mhc_compile.load(checkpoint, model) converts as the checkpoint says",
             )
         )
@@ -83,6 +83,7 @@ class Conversion:
         self.history: list[PassRecord] = []
         self.observers: list[Observer] = []
         self._compiled: dict[str, Callable[..., Any]] = {}  # by the path of the part; '' is the whole model
+        self._of_iterations: dict[int, dict[str, Callable[..., Any]]] = {}  # the same, of other numbers of iterations
         self._sites = preconditions.SiteCheck(record)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -98,7 +99,7 @@ class Conversion:
         """The converted forward of the model, or of the part at this path."""
         preconditions.check_call(model, self.original.__name__, args, kwargs)
         if self._sites_changed(model):
-            self._compiled.clear()
+            self.forget_compiled()
         if part not in self._compiled:
             self._compiled[part] = self.compiled(model, self.record.config.backend, part)
         try:
@@ -110,6 +111,22 @@ class Conversion:
     def forget_compiled(self) -> None:
         """The next call of the model, or of a part, compiles anew."""
         self._compiled.clear()
+        self._of_iterations.clear()
+
+    def set_iterations(self, model: nn.Module, iterations: int) -> None:
+        """Another number of Sinkhorn iterations, in the record and in all sites; what is compiled for each is kept."""
+        if self._sites_changed(model):
+            self.forget_compiled()
+        before = self.record.config.iterations
+        self._of_iterations[before] = self._compiled
+        self._compiled = self._of_iterations.pop(iterations, {}) if iterations != before else self._compiled
+        self.record = replace(self.record, config=replace(self.record.config, iterations=iterations))
+        tree = getattr(model, TREE)
+        tree.record = self.record
+        for site in map(tree.get_submodule, (site.name for site in self.record.sites)):
+            site.iterations = iterations
+        self._sites = preconditions.SiteCheck(self.record)
+        self._sites.changed(tree)
 
     def _retried(self, part: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for observer in tuple(self.observers):
@@ -299,6 +316,9 @@ def connection(site: SiteRecord, config: MHCConfig, device: torch.device | None)
         iterations=config.iterations,
         eps=config.eps,
         implicit_gradient=config.implicit_gradient,
+        constraint=site.constraint or config.constraint,
+        fixed=config.fixed,
+        dynamic=config.dynamic,
         device=device,
     )
     return made.double() if site.double else made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ from mhc_compile.passes.rewrite import Analysis, analyze, leave_plain
 from mhc_compile.passes.select import NO_GRAD
 from mhc_compile.passes.trunks import Site
 from mhc_compile.record import Record, SiteRecord, unique
-from mhc_compile.site_choice import Choice, left_plain
+from mhc_compile.site_choice import Choice, Constraints, left_plain, own_constraints
 
 
 def mhc_compile(
@@ -45,6 +45,7 @@ def mhc_compile(
     example_inputs: Any = None,
     only: Choice | None = None,
     skip: Choice | None = None,
+    site_constraints: Constraints | None = None,
     recompute: Any = None,
     **options: Any,
 ) -> nn.Module:
@@ -60,6 +61,8 @@ def mhc_compile(
         without them is converted at its first call, and until then refuses to give its parameters or state.
     only, skip: which sites are converted, and which stay plain adds: a pattern of `fnmatch` for site or module
         names (`"model.layers.0"`, `"*.mlp"`), several, or a function of a SiteRecord.
+    site_constraints: other constraints than the config's for some sites: names by such patterns, of which the last
+        that matches a site counts (`{"*.mlp": "identity"}`), or a function of a SiteRecord, None for the config's.
     recompute: what the backward computes again instead of keeping it, see `recompute(model, choice)`.
     n, options: the fields of MHCConfig; or pass `config`.
 
@@ -68,7 +71,7 @@ def mhc_compile(
     """
     config, replay = as_config(n, config, options), Recompute.of(recompute)
     _convertible(model)
-    convert = partial(convert_for_call, recompute=replay)
+    convert = partial(convert_for_call, recompute=replay, site_constraints=site_constraints)
     if example_inputs is None and not derivable(model):
         return lazy.convert_later(model, lazy.Pending(type(model), convert, config, only, skip))
     args, kwargs = as_call(derive(model) if example_inputs is None else example_inputs)
@@ -83,6 +86,7 @@ def convert_for_call(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     recompute: Recompute | None = None,
+    site_constraints: Constraints | None = None,
 ) -> nn.Module:
     """Convert a plain model as one call `model(*args, **kwargs)` shows it."""
     try:
@@ -93,7 +97,7 @@ def convert_for_call(
         captured = just_in_time(original_forward, model, args, kwargs)
     analysis = analyze(captured.graph, tie_shared=config.tie_shared)
     refuse_unfit(type(model).__name__, analysis)
-    record = recorded(analysis, config, only, skip)
+    record = recorded(analysis, config, only, skip, site_constraints)
     preconditions.refuse_other_precision(model, record, args, kwargs)
     preconditions.warn_not_finite(model)
     attach(model, record, recompute)
@@ -116,12 +120,37 @@ def recompute(model: nn.Module, choice: Any) -> nn.Module:
     return model
 
 
-def recorded(analysis: Analysis, config: MHCConfig, only: Choice | None, skip: Choice | None) -> Record:
+def set_iterations(model: nn.Module, iterations: int) -> nn.Module:
+    """Let a converted model's Sinkhorn run another number of iterations from its next call on, and give the model back.
+
+    For a schedule over training: few at first, 20 at the end. Each number is compiled once, at its first call, and
+    kept; going back to one compiles nothing. The record has the last one, and so has a checkpoint.
+    Raises ConfigError for a number below 1, and RewriteError for a model that is not converted or has no Sinkhorn site.
+    """
+    state = conversion(model)
+    config = replace(state.record.config, iterations=iterations)
+    if not any(site.form(config).mixing.name == "sinkhorn" for site in state.record.sites):
+        found = f"converted with {config.constraint!r}" if state.record.sites else "converted with n = 1"
+        step = "leave the schedule out"
+        raise RewriteError(wrong(type(model).__name__, found, "a model with sites of 'sinkhorn'", step))
+    state.set_iterations(model, iterations)
+    return model
+
+
+def recorded(
+    analysis: Analysis,
+    config: MHCConfig,
+    only: Choice | None,
+    skip: Choice | None,
+    site_constraints: Constraints | None = None,
+) -> Record:
     """The record of converting an analysed graph."""
     every = [_site_record(site) for site in analysis.sites]
     plain = left_plain(every, only, skip)
     kept = leave_plain(analysis, plain) if plain else analysis
-    sites = unique(_site_record(site) for site in kept.sites) if config.n > 1 else ()
+    own = own_constraints([_site_record(site) for site in kept.sites], site_constraints, config)
+    records = (replace(_site_record(site), constraint=own.get(site.name, "")) for site in kept.sites)
+    sites = unique(records) if config.n > 1 else ()
     return Record(
         config,
         sites,

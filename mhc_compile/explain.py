@@ -163,6 +163,9 @@ def explain(model: nn.Module, inputs: Any = None) -> Explanation:
     analysis = analyze(just_in_time(plain_forward(model), model, args, kwargs).graph, tie_shared=tied)
     if record is not None and record.plain:
         analysis = leave_plain(analysis, record.plain)
+    own = {} if record is None else {site.name: site.constraint for site in record.sites}
+    for site in analysis.sites:
+        site.constraint = own.get(site.name, "")
     found = explanation(type(model).__name__, analysis)
     if analysis.foreign is not None:
         return _with_its_own(found, analysis)
@@ -183,7 +186,7 @@ def _unfused(analysis: Analysis, config: MHCConfig) -> list[str]:
     """The sites that keep an op for each term, and why. Rewrites the graph: the analysis is used up."""
     if config.n == 1:
         return []
-    look_up, _ = bind_parameters(analysis.graph, analysis.sites, config.n)
+    look_up, _ = bind_parameters(analysis.graph, analysis.sites, config)
     rewrite(analysis, config, look_up)
     return [*lower(analysis.graph).notes, *fuse(analysis.graph).notes]
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mhc_compile.config import INITS, MHCConfig
+from mhc_compile.constraints import MAX_STREAMS
 from mhc_compile.errors import ConfigError, wrong
 from mhc_compile.kernels import ops
-
-INITS = ("identity", "paper", "deepseek_v4")
+from mhc_compile.site_form import SiteForm
 
 
 class HyperConnection(nn.Module):
@@ -25,7 +26,8 @@ class HyperConnection(nn.Module):
 
     - ``"identity"`` keeps the function of a converted model.  phi 0, alpha 0.01, post 1, pre 0.7 for the
       site's own stream with 0.3 shared by the others (the sum is 1; equal values would keep all streams
-      equal for ever), res 0.9 on the diagonal and 0.1 / (n - 1) off it.
+      equal for ever), res 0.9 on the diagonal and 0.1 / (n - 1) off it (``"orthogonal"``: I).  With pre fixed,
+      phi is random and alpha 0 instead.
     - ``"paper"`` trains from scratch.  alpha 0.01, bias 0 (pre 1/2, post 1, res uniform), phi normal with
       standard deviation ``1 / sqrt(n C)``: z / r then has unit variance at any width, and alpha is the size
       of the dynamic part.
@@ -34,8 +36,11 @@ class HyperConnection(nn.Module):
     iterations: of Sinkhorn.  eps: added to the mean square, units of streams squared.  implicit_gradient: of
     Sinkhorn at its fixed point, instead of through the iterations.
 
+    constraint, fixed, dynamic: as in MHCConfig.
+
     Parameters: phi [n C, n n + 2 n], alpha [3], bias [n n + 2 n], columns pre (n), post (n), res (n n,
-    row-major). They are float32 and stay so, bit for bit, when a model is cast to a narrower dtype;
+    row-major); fewer or more as constraint and fixed have it, and the bias alone with ``dynamic=False``.
+    They are float32 and stay so, bit for bit, when a model is cast to a narrower dtype;
     ``.double()`` makes them float64, for float64 streams.  They should take no weight decay.  Raises
     ConfigError for an illegal option.
     """
@@ -50,6 +55,9 @@ class HyperConnection(nn.Module):
         iterations: int = 20,
         eps: float = 1e-6,
         implicit_gradient: bool = False,
+        constraint: str = "sinkhorn",
+        fixed: tuple[str, ...] = (),
+        dynamic: bool = True,
         device: torch.device | str | int | None = None,
     ) -> None:
         super().__init__()
@@ -68,45 +76,68 @@ class HyperConnection(nn.Module):
         self.init = init
         self.iterations = iterations
         self.eps = eps
+        checked = MHCConfig(
+            n=min(n, MAX_STREAMS),
+            init=init,
+            implicit_gradient=implicit_gradient,
+            constraint=constraint,
+            fixed=fixed,
+            dynamic=dynamic,
+        )
         self.implicit_gradient = implicit_gradient
-        columns = n * n + 2 * n
-        # The dtype is explicit: models are often built under a 16-bit default.
-        self.phi = nn.Parameter(torch.empty(n * features, columns, dtype=torch.float32, device=device))
-        self.alpha = nn.Parameter(torch.empty(3, dtype=torch.float32, device=device))
-        self.bias = nn.Parameter(torch.empty(columns, dtype=torch.float32, device=device))
+        self.constraint, self.fixed, self.dynamic = constraint, checked.fixed, dynamic
+        self.phi: nn.Parameter | None
+        self.alpha: nn.Parameter | None
+        self.bias: nn.Parameter
+        shapes = self.form.shapes(features)
+        for name in ("phi", "alpha", "bias"):
+            # The dtype is explicit: models are often built under a 16-bit default.
+            made = torch.empty(shapes[name], dtype=torch.float32, device=device) if name in shapes else None
+            self.register_parameter(name, None if made is None else nn.Parameter(made))
         self.reset_parameters()
+
+    @property
+    def form(self) -> SiteForm:
+        """What its options say of its parameters and ops."""
+        options = (self.constraint, self.fixed, self.dynamic, self.iterations, self.eps, self.implicit_gradient)
+        return SiteForm(self.n, *options)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set the parameters to the values of ``init``."""
-        n = self.n
-        self.bias.zero_()
-        self.alpha.fill_(1.0 if self.init == "deepseek_v4" else 0.01)
-        if self.init == "identity":
-            self.phi.zero_()
-            pre, res = self.bias[:n], self.bias[2 * n :]
-            pre.fill_(_logit(0.3 / (n - 1)))
-            pre[self.stream] = _logit(0.7)
-            res.fill_(math.log(0.1 / (n - 1)))
-            res.view(n, n).fill_diagonal_(math.log(0.9))
+        form = self.form
+        self.bias.copy_(form.bias(self.init, self.stream))
+        if self.phi is None or self.alpha is None:
+            return
+        self.alpha.fill_(form.alpha(self.init))
+        if form.draws_phi(self.init):
+            self.phi.normal_(0.0, form.phi_std(self.init, self.features))
         else:
-            std = 0.02 if self.init == "deepseek_v4" else (n * self.features) ** -0.5
-            self.phi.normal_(0.0, std)
+            self.phi.zero_()
 
     def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """streams [..., n, C] -> pre [..., n], post [..., n], res [..., n, n], float32 (float64 if phi is).
 
         ::
 
-            pre = sigmoid(pre~)    post = 2 sigmoid(post~)    res = Sinkhorn(res~)
+            pre = sigmoid(pre~)    post = 2 sigmoid(post~)    res = Sinkhorn(res~), or what the constraint makes
         """
-        pre, post, logits = ops.coefficients(streams, self.phi, self.alpha, self.bias, self.eps)
-        return pre, post, ops.sinkhorn(logits, self.iterations, implicit=self.implicit_gradient)
+        form = self.form
+        ops._refuse_transforms(streams, self.bias)
+        (read, rest), mix = form.read, form.mix
+        pre, post, logits = read(streams, self.phi, self.alpha, self.bias, *rest)
+        if mix is None:
+            return pre, post, form.mixing.res(logits, self.n)
+        make, others = mix
+        return pre, post, make(logits, *others)
 
     def extra_repr(self) -> str:
         return (
             f"n={self.n}, features={self.features}, stream={self.stream}, init={self.init!r}, "
             f"iterations={self.iterations}, eps={self.eps:g}"
+            + (f", constraint={self.constraint!r}" if self.constraint != "sinkhorn" else "")
+            + (f", fixed={self.fixed}" if self.fixed else "")
+            + ("" if self.dynamic else ", dynamic=False")
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -125,7 +156,3 @@ def _widest(before: Tensor, after: Tensor) -> Tensor:
     if not before.is_floating_point() or after.dtype in (torch.float32, torch.float64):
         return after
     return before.to(device=after.device, dtype=torch.float32)
-
-
-def _logit(p: float) -> float:
-    return math.log(p / (1 - p))

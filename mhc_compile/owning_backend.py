@@ -21,7 +21,7 @@ from mhc_compile.passes.history import PassRecord
 from mhc_compile.passes.recompute_choice import Recompute
 from mhc_compile.passes.rewrite import analyze, rewrite
 from mhc_compile.record import KEY, Record
-from mhc_compile.site_choice import Choice
+from mhc_compile.site_choice import Choice, Constraints
 
 _OTHER_MODEL = (
     "this Backend serves another model already, or another part of one (a graph break cuts a model in parts): make a "
@@ -44,7 +44,8 @@ class Backend:
     raises. Prefer `mhc_compile(model)` where the model may be changed: a call that goes around the compiled function
     runs the plain model, and DDP does not see the parameters.
 
-    n, config, only, skip, recompute, options: as for `mhc_compile`. Raises ConfigError for an illegal one.
+    n, config, only, skip, site_constraints, recompute, options: as for `mhc_compile`. Raises ConfigError for an
+    illegal one.
     """
 
     def __init__(
@@ -54,12 +55,13 @@ class Backend:
         config: MHCConfig | None = None,
         only: Choice | None = None,
         skip: Choice | None = None,
+        site_constraints: Constraints | None = None,
         recompute: Any = None,
         **options: Any,
     ) -> None:
         self.config, self._recompute = as_config(n, config, options), Recompute.of(recompute)
         self.history: list[PassRecord] = []
-        self._only, self._skip = only, skip
+        self._only, self._skip, self._site_constraints = only, skip, site_constraints
         self._record: Record | None = None
         self._tree: SiteTree | None = None
         self._seen: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()  # of the model, by id
@@ -130,7 +132,7 @@ class Backend:
         """Take down the sites of the first graph, and make their parameters."""
         analysis = analyze(copy_graph(graph), tie_shared=self.config.tie_shared)
         refuse_unfit("the compiled model", analysis)
-        record = recorded(analysis, self.config, self._only, self._skip)
+        record = recorded(analysis, self.config, self._only, self._skip, self._site_constraints)
         device = next((value.device for value in example_inputs if isinstance(value, nn.Parameter)), None)
         self._tree, self._record = plant(record, device), record
 
@@ -148,7 +150,7 @@ class Backend:
             )
             return plain
         analysis = recorded_analysis(graph, record)
-        look_up, names = bind_parameters(graph, analysis.sites, record.config.n)
+        look_up, names = bind_parameters(graph, analysis.sites, record.config)
         history += [*analysis.records, *rewrite(analysis, record.config, look_up)]
         added = [tree.get_parameter(name) for name in names]
         fake = _torch.as_fake(example_inputs, added)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from mhc_compile import _torch
 from mhc_compile.errors import CaptureError, ConfigError, ExportError, MHCError, RewriteError, ShapeError, wrong
-from mhc_compile.passes.bind import PARTS
 from mhc_compile.passes.capture import DYNAMO_ERRORS, translated
 from mhc_compile.passes.misfit import misfit, tensors
 from mhc_compile.record import Record, SiteRecord
@@ -162,11 +161,11 @@ class SiteCheck:
         return True
 
 
-_OPTIONS = ("n", "features", "iterations", "eps")
+_OPTIONS = ("n", "features", "iterations", "eps", "constraint", "fixed", "dynamic")
 
 
 def _options(site: Any) -> tuple[Any, ...]:
-    return site.n, site.features, site.iterations, site.eps
+    return tuple(getattr(site, name) for name in _OPTIONS)
 
 
 def _facts(site: nn.Module) -> tuple[Any, ...]:
@@ -179,7 +178,7 @@ def _names(record: Record) -> list[str]:
 
 
 def _refuse_other_names(tree: nn.Module, record: Record) -> None:
-    wanted = {f"{name}.{part}" for name in _names(record) for part in PARTS}
+    wanted = {f"{site.name}.{part}" for site in record.sites for part in site.form(record.config).parameters}
     found = [name for name, _ in tree.named_parameters(remove_duplicate=False)]
     own = {name for name, _ in tree.named_parameters()}
     less, more, tied = sorted(wanted - set(found)), sorted(set(found) - wanted), sorted(set(found) - own)
@@ -204,7 +203,8 @@ def _refuse_other_options(tree: nn.Module, record: Record) -> None:
     config = record.config
     for site in record.sites:
         found = _options(tree.get_submodule(site.name))
-        wanted = (config.n, site.features, config.iterations, config.eps)
+        constraint = site.constraint or config.constraint
+        wanted = (config.n, site.features, config.iterations, config.eps, constraint, config.fixed, config.dynamic)
         for name, one, other in zip(_OPTIONS, found, wanted, strict=True):
             if one != other:
                 raise RewriteError(
@@ -224,7 +224,7 @@ def unfit_site(model: nn.Module, tree: nn.Module, record: Record) -> ShapeError 
     devices = {parameter.device for parameter in own}
     dtypes = {parameter.dtype for parameter in own if parameter.is_floating_point()}
     for site in record.sites:
-        for part, shape in zip(PARTS, _shapes(site, record.config.n), strict=True):
+        for part, shape in site.form(record.config).shapes(site.features).items():
             parameter = tree.get_parameter(f"{site.name}.{part}")
             name = f"model.mhc.{site.name}.{part}"
             if tuple(parameter.shape) != shape:
@@ -249,11 +249,6 @@ def _legal_dtypes(own: set[torch.dtype], site: SiteRecord) -> set[torch.dtype]:
 
 def _some(values: set[Any]) -> str:
     return " or ".join(sorted(map(str, values)))
-
-
-def _shapes(site: SiteRecord, n: int) -> tuple[tuple[int, ...], ...]:
-    columns = n * n + 2 * n
-    return (n * site.features, columns), (3,), (columns,)
 
 
 # ----------------------------------------------------------------------------------------- after a failure

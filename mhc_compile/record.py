@@ -17,11 +17,14 @@ from torch import Tensor
 
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import ConfigError, wrong
+from mhc_compile.site_form import SiteForm
 
 VERSION = 1
 KEY = "mhc._extra_state"
-_LATER = ("implicit_gradient",)  # options that the first records did not have
-_FUNCTION = ("n", "iterations", "eps", "tie_shared")  # the options that decide what the weights compute
+# options that the first records did not have
+_LATER = ("implicit_gradient", "constraint", "fixed", "dynamic", "single_pass")
+# the options that decide what the weights compute
+_FUNCTION = ("n", "constraint", "iterations", "eps", "tie_shared", "fixed", "dynamic", "single_pass")
 _WHOLE = "save and load the whole state_dict, without changing that entry"
 _RETRY = "save the model again with this version, or load it with the version that wrote it"
 
@@ -32,6 +35,7 @@ class SiteRecord:
 
     name: its name in `model.mhc`; features: C; stream: its own stream; trunk: the trunk's number; line: where its
     add stands; double: float64 streams; applications: how often it is applied in a call (tied layers: several).
+    constraint: its own, where it has another than the conversion.
     """
 
     name: str
@@ -41,6 +45,15 @@ class SiteRecord:
     line: str
     double: bool = False
     applications: int = 1
+    constraint: str = ""
+
+    def form(self, config: MHCConfig) -> SiteForm:
+        """Which parameters it has, in a conversion with these options."""
+        return SiteForm.of(config, self.constraint)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values; without the constraint where it has none, so that earlier releases read it too."""
+        return {name: value for name, value in asdict(self).items() if value or name != "constraint"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +74,7 @@ class Record:
         return {
             "version": VERSION,
             "config": self._saved_config(),
-            "sites": [asdict(site) for site in self.sites],
+            "sites": [site.as_dict() for site in self.sites],
             "plain": sorted(self.plain),
             "no_grad": sorted(map(list, self.no_grad)),
         }
@@ -115,6 +128,12 @@ class Record:
         own, others = ({site.name: site.features for site in record.sites} for record in (self, other))
         found += _listed("it has no site", own.keys() - others.keys())
         found += _listed("it has also the site", others.keys() - own.keys())
+        constraints = [{site.name: site.constraint for site in record.sites} for record in (self, other)]
+        found += [
+            f"site {name!r} is {constraints[1][name]!r}, here {constraints[0][name]!r}"
+            for name in sorted(own.keys() & others.keys())
+            if constraints[0][name] != constraints[1][name]
+        ]
         found += [
             f"site {name!r} has {others[name]} features, here {own[name]}"
             for name in sorted(own.keys() & others.keys())

@@ -1,15 +1,19 @@
-"""Which of the sites that were found are converted: `only=` and `skip=`."""
+"""Which of the sites that were found are converted, and how: `only=`, `skip=` and `site_constraints=`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
+from mhc_compile.config import MHCConfig
 from mhc_compile.errors import ConfigError, wrong
 from mhc_compile.record import SiteRecord
 
 # A module pattern, several, or a function of a site.
 Choice = str | Iterable[str] | Callable[[SiteRecord], bool]
+
+# Names of constraints by pattern, the last that matches a site; or a function of a site, None for the config's.
+Constraints = Mapping[str, str] | Callable[[SiteRecord], str | None]
 
 _STEP = "explain(model) lists the names of the sites"
 _LEGAL = "a module pattern such as 'model.layers.0' or '*.mlp', several of them, or a function SiteRecord -> bool"
@@ -28,6 +32,30 @@ def left_plain(sites: Sequence[SiteRecord], only: Choice | None, skip: Choice | 
         step = "leave one; a model without sites is the plain model"
         raise ConfigError(wrong("what only and skip leave", "no site", f"at least one of {_some(names)}", step))
     return names - kept
+
+
+def own_constraints(sites: Sequence[SiteRecord], choice: Constraints | None, config: MHCConfig) -> dict[str, str]:
+    """The constraint of each site that `site_constraints` gives another one than the config has.
+
+    Raises ConfigError for a pattern that matches no site, and for a constraint that does not go with the config.
+    """
+    if choice is None:
+        return {}
+    if callable(choice):
+        found = {site.name: choice(site) for site in sites}
+    elif isinstance(choice, Mapping):
+        found = {
+            name: constraint
+            for pattern, constraint in choice.items()
+            for name in sorted(_matched("site_constraints", [pattern], sites))
+        }
+    else:
+        legal = "{'*.mlp': 'identity'}, or a function SiteRecord -> name or None"
+        raise ConfigError(wrong("site_constraints", repr(choice), legal, _STEP))
+    for constraint in found.values():
+        if constraint is not None:
+            config.check_constraint(constraint)
+    return {name: one for name, one in found.items() if one is not None and one != config.constraint}
 
 
 def _matched(option: str, choice: Choice, sites: Sequence[SiteRecord]) -> set[str]:

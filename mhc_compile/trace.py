@@ -47,7 +47,7 @@ def rewrite_captured(model: nn.Module, captured: Captured) -> Rewritten:
         captured.graph.recompile()
         return Rewritten(captured.graph, captured.arguments, analysis)
     analysis = recorded_analysis(captured.graph, record)
-    look_up, names = bind_parameters(captured.graph, analysis.sites, record.config.n)
+    look_up, names = bind_parameters(captured.graph, analysis.sites, record.config)
     rewrite(analysis, record.config, look_up)
     parameters = tuple(model.get_parameter(f"{TREE}.{name}") for name in names)
     return Rewritten(captured.graph, (*captured.arguments, *parameters), analysis)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,10 +13,11 @@ from torch import Tensor, fx, nn
 
 from mhc_compile import _torch
 from mhc_compile.backend import recorded_analysis
-from mhc_compile.conversion import conversion, plain_forward
+from mhc_compile.config import MHCConfig
+from mhc_compile.constraints import CONSTRAINTS
+from mhc_compile.conversion import connection, conversion, plain_forward
 from mhc_compile.errors import CaptureError, MHCError
 from mhc_compile.example_inputs import as_call, derive
-from mhc_compile.hyper_connection import HyperConnection
 from mhc_compile.kernels import reference
 from mhc_compile.passes.bind import bind_parameters
 from mhc_compile.passes.capture import Captured, just_in_time
@@ -116,7 +117,9 @@ def _at_one_stream(captured: Captured, record: Record) -> list[Check]:
     graph = copy_graph(captured.graph)
     analysis = recorded_analysis(graph, record) if record.sites else analyze(graph)
     plain = copy_graph(graph)
-    added = _widen(analysis, 1, lambda like, site: torch.randn_like(like))
+    for site in analysis.sites:
+        site.constraint = ""  # with one stream there is nothing to mix
+    added = _widen(analysis, MHCConfig(n=1), lambda like, site: torch.randn_like(like))
     _force_ones(graph)
     _split_reads(graph)
     own = _run(plain, captured.arguments)
@@ -135,19 +138,17 @@ def _at_one_stream(captured: Captured, record: Record) -> list[Check]:
 
 
 def _at_step_zero(captured: Captured, record: Record) -> list[Check]:
-    n = record.config.n
+    n, config = record.config.n, replace(record.config, init="identity")
     graph = copy_graph(captured.graph)
     analysis = recorded_analysis(graph, record)
-    modules: dict[str, HyperConnection] = {}
-    for site in analysis.sites:
-        modules.setdefault(site.name, HyperConnection(n, site.features, stream=site.index))
+    modules = {site.name: connection(site, config, torch.device("cpu")) for site in record.sites}
 
     def value(like: Tensor, name: str) -> Tensor:
         site, part = name.rsplit(".", 1)
         parameter: Tensor = getattr(modules[site], part)
         return parameter.detach().to(like)
 
-    added = _widen(analysis, n, value)
+    added = _widen(analysis, config, value)
     own = _run(captured.graph, captured.arguments)
     ours = _run(graph, (*captured.arguments, *added))
     limit = OUTPUT_LIMIT[own.dtype]
@@ -257,11 +258,11 @@ def _floats(output: Any) -> list[Tensor]:
     ]
 
 
-def _widen(analysis: Analysis, n: int, value: Callable[[Tensor, str], Tensor]) -> list[Tensor]:
+def _widen(analysis: Analysis, config: MHCConfig, value: Callable[[Tensor, str], Tensor]) -> list[Tensor]:
     """Rewrite an analysed graph to n streams; gives the values of the inputs that this adds."""
-    look_up, names = bind_parameters(analysis.graph, analysis.sites, n)
+    look_up, names = bind_parameters(analysis.graph, analysis.sites, config)
     nodes = list(analysis.graph.graph.find_nodes(op="placeholder"))[-len(names) :] if names else []
-    expand(analysis.graph, analysis.trunks, analysis.flow, look_up, n=n, iterations=20, eps=1e-6)
+    expand(analysis.graph, analysis.trunks, analysis.flow, look_up, config)
     analysis.graph.recompile()
     empty = [
         torch.empty(node.meta["val"].shape, dtype=node.meta["val"].dtype, device=node.meta["val"].device)
@@ -344,6 +345,10 @@ def _merge_read(
     return merged, *_read(merged, *rest)
 
 
+def _constrain(logits: Tensor, kind: str, n: int) -> Tensor:
+    return CONSTRAINTS[kind].res(logits, n)
+
+
 _KEEPS_MORE = (mhc.read.default, mhc.merge_read.default)
 
 
@@ -353,6 +358,8 @@ class _OracleRun(fx.Interpreter):
     ORACLE = {  # noqa: RUF012
         mhc.coefficients.default: reference.coefficients,
         mhc.sinkhorn.default: reference.sinkhorn,
+        mhc.gates.default: reference.gates,
+        mhc.constrain.default: _constrain,
         mhc.aggregate.default: reference.aggregate,
         mhc.merge.default: reference.merge,
         mhc.expand.default: reference.expand,

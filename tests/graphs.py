@@ -119,7 +119,7 @@ def widen(
     analysis = analyze(captured.graph)
     canonical = copy_graph(captured.graph)
     given = [(weights or partial(identity_weights, n=n))(site) for site in analysis.sites]
-    look_up, _ = bind_parameters(captured.graph, analysis.sites, n)
+    look_up, _ = bind_parameters(captured.graph, analysis.sites, MHCConfig(n=n))
     rewrite(analysis, MHCConfig(n=n), look_up)
     flat = tuple(chain.from_iterable(given))
     return Widened(analysis, plain, canonical, captured.graph, captured.arguments, flat)

@@ -51,6 +51,7 @@ from mhc_compile import (
     recompute,
     restore,
     scale_updates,
+    set_iterations,
     trace,
     verify,
 )
@@ -322,6 +323,82 @@ def only_and_skip_that_leave_nothing(_: Path) -> Situation:
 @misuse(OPTIONS, ConfigError, "skip('first.linear') is 'no'", "True or False", "lambda site: site.trunk == 0")
 def choice_that_gives_no_boolean(_: Path) -> Situation:
     return converting(skip=lambda site: "no")
+
+
+@misuse(OPTIONS, ConfigError, "constraint is 'stiefel'", "one of 'sinkhorn', 'lite'", "'sinkhorn' is the paper's")
+def unknown_constraint(_: Path) -> Situation:
+    return converting(constraint="stiefel")
+
+
+@misuse(OPTIONS, ConfigError, "constraint is 'lite' with n=6", "n up to 5, for its n! logits", "take 'sinkhorn'")
+def lite_with_six_streams(_: Path) -> Situation:
+    return converting(constraint="lite", n=6)
+
+
+@misuse(OPTIONS, ConfigError, "fixed is ('phi',)", "one or two of 'pre', 'post', 'res'", "fixed=('res',)")
+def fixed_of_an_unknown_name(_: Path) -> Situation:
+    return converting(fixed=("phi",))
+
+
+@misuse(OPTIONS, ConfigError, "fixed is ('pre', 'post', 'res')", "one or two of 'pre', 'post', 'res'", "fixed=('res',)")
+def fixed_that_leaves_nothing(_: Path) -> Situation:
+    return converting(fixed=("pre", "post", "res"))
+
+
+@misuse(OPTIONS, ConfigError, "fixed is ('post',) with 'sinkhorn'", "rows need not sum to 1", "leave post free")
+def post_fixed_where_streams_then_stay_equal(_: Path) -> Situation:
+    return converting(fixed=("post",))
+
+
+@misuse(OPTIONS, ConfigError, "dynamic is False with pre fixed", "False with pre free", "fix res instead")
+def static_with_pre_fixed(_: Path) -> Situation:
+    return converting(dynamic=False, fixed=("pre",))
+
+
+@misuse(OPTIONS, ConfigError, "init is 'paper' with dynamic=False", "'identity'", "its pre differs")
+def static_from_equal_streams(_: Path) -> Situation:
+    return converting(dynamic=False, init="paper")
+
+
+@misuse(OPTIONS, ConfigError, "init is 'deepseek_v4' with 'unconstrained'", "'identity' or 'paper'", "as Hyper-Conn")
+def deepseek_init_of_hyper_connections(_: Path) -> Situation:
+    return converting(constraint="unconstrained", init="deepseek_v4")
+
+
+@misuse(OPTIONS, ConfigError, "implicit_gradient is True with 'lite'", "True with 'sinkhorn'", "leave implicit_grad")
+def implicit_gradient_without_sinkhorn(_: Path) -> Situation:
+    return converting(constraint="lite", implicit_gradient=True)
+
+
+@misuse(OPTIONS, ConfigError, "single_pass is 1", "True or False", "the default is False")
+def single_pass_of_a_wrong_type(_: Path) -> Situation:
+    return converting(single_pass=1)
+
+
+@misuse(OPTIONS, ConfigError, "site_constraints is '*.attn'", "a pattern of first.linear", "explain(model)")
+def site_constraints_that_match_nothing(_: Path) -> Situation:
+    return converting(site_constraints={"*.attn": "lite"})
+
+
+@misuse(OPTIONS, ConfigError, "site_constraints is 'lite'", "a function SiteRecord -> name or None", "explain(model)")
+def site_constraints_that_are_a_name(_: Path) -> Situation:
+    return converting(site_constraints="lite")
+
+
+@misuse(OPTIONS, ConfigError, "constraint is True", "one of 'sinkhorn', 'lite'", "'sinkhorn' is the paper's")
+def site_constraints_that_give_no_name(_: Path) -> Situation:
+    return converting(site_constraints=lambda site: True)
+
+
+@misuse(OPTIONS, ConfigError, "iterations is 0", "an integer from 1 to 1000", "the paper uses 20")
+def set_iterations_to_none(_: Path) -> Situation:
+    return using(called(), lambda model: set_iterations(model, 0))
+
+
+@misuse(OPTIONS, RewriteError, "converted with 'identity'", "a model with sites of 'sinkhorn'", "leave the schedule")
+def set_iterations_without_sinkhorn(_: Path) -> Situation:
+    model = mhc_compile(net(), 2, constraint="identity", backend="eager", example_inputs=X)
+    return using(model, lambda model: set_iterations(model, 3))
 
 
 @misuse(OPTIONS, ConfigError, "weight_decay is -1.0", "a number >= 0", "0.01 is the default")

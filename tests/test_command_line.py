@@ -16,6 +16,7 @@ import torch
 from mhc_compile import load, trace
 from mhc_compile.__main__ import main
 from mhc_compile.hugging_face_source import make_config, model_class
+from mhc_compile.record import Record
 
 ROOT = Path(__file__).parents[1]
 FAR = 1e-4  # of outputs about 1: more than rounding
@@ -253,6 +254,18 @@ def test_verify_a_factory(capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0 and "Sequential: verified" in out
     assert "n = 3, step 0: outputs" in out and "compiled (eager)" in out
     assert devices() == ["cpu"]
+
+
+def test_constraints_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    options = ("--constraint", "lite", "--single-pass")
+    assert run(capsys, "verify", "my_models:pair", "--backend", "eager", *options)[0] == 0
+    status, out, _ = run(capsys, "convert", "my_models:pair", "--out", str(tmp_path / "out"), *options, "--json")
+    assert status == 0
+    written = torch.load(tmp_path / "out" / "model.pt")
+    config = Record.from_tensor(written["mhc._extra_state"]).config
+    assert (config.constraint, config.single_pass) == ("lite", True) and json.loads(out)["n"] == 4
+    status, _, error = run(capsys, "convert", "my_models:pair", "--out", "other", "--constraint", "lite", "--n", "6")
+    assert status == 2 and "constraint is 'lite' with n=6; legal: n up to 5" in error
 
 
 def test_verify_sees_streams_that_differ(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mhc_compile import Monitor, mhc_compile
+from mhc_compile.constraints import CONSTRAINTS
 from mhc_compile.passes import residuals, select, trunks
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -42,6 +43,7 @@ def run(name: str, **size: Any) -> dict[str, Any]:
 
 def test_every_example_is_tested() -> None:
     tested = {"llama", "vit_digits", "own_module", "upcycle", "deepseek_v4", "memory", "monitoring", "pipeline"}
+    tested |= {"compare_manifolds"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -96,6 +98,19 @@ def test_upcycle(tmp_path: Path) -> None:
     assert first < 1e-6
     assert last > 1e-4
     assert found["converted at the end"] != found["plain at the end"]
+    assert (tmp_path / "seen.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_compare_manifolds(tmp_path: Path) -> None:
+    found = run("compare_manifolds", steps=6, layers=1, width=16, picture=tmp_path / "seen.png")
+    assert set(found) == {"plain", *CONSTRAINTS, "single pass"}
+    start = found["plain"].losses[0]
+    for name, one in found.items():
+        assert one.losses[0] == pytest.approx(start, abs=1e-4), "a conversion keeps the function"
+        assert one.losses[-1] < start
+        assert name == "plain" or one.losses[-1] != found["plain"].losses[-1]
+        assert len(one.gains) == (0 if name == "plain" else 2)
+    assert found["identity"].gains[-1].forward == 1
     assert (tmp_path / "seen.png").read_bytes().startswith(b"\x89PNG")
 
 

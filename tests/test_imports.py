@@ -21,12 +21,15 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. A module belongs to the layer with its longest matching prefix, below the package's name, and
 # imports from its own layer and those before it. What is named nowhere is a user-facing module.
 LAYERS = (
-    ("config", "errors"),
+    ("errors",),
     ("_torch",),
     ("kernels.reference", "kernels.convention"),
+    ("constraints",),
+    ("config",),
     ("kernels.plain_sinkhorn",),
     ("kernels.plain", "kernels.site_plain"),
     ("kernels",),
+    ("site_form",),
     ("hyper_connection",),
     ("passes",),
     ("codegen",),

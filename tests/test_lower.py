@@ -224,7 +224,7 @@ def test_tied_sites() -> None:
     model, inputs = model.double(), as_double(inputs)
     captured = capture(model, (), inputs)
     plain, analysis = copy_graph(captured.graph), analyze(captured.graph, tie_shared=True)
-    look_up, names = bind_parameters(captured.graph, analysis.sites, 4)
+    look_up, names = bind_parameters(captured.graph, analysis.sites, MHCConfig())
     rewrite(analysis, MHCConfig(), look_up)
     by_name = {site.name: random_weights(site) for site in analysis.sites}
     assert len(by_name) < len(analysis.sites) and len(names) == 3 * len(by_name)

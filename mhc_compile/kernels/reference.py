@@ -66,6 +66,53 @@ def coefficients(
     return pre, post, logits.reshape(*logits.shape[:-1], entries, entries)
 
 
+def gates(
+    streams: Tensor,
+    phi: Tensor | None,
+    alpha: Tensor | None,
+    bias: Tensor,
+    eps: float,
+    logits: int,
+    pre: bool = True,
+    post: bool = True,
+    bounded: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The coefficients of a site in any other form than that of `coefficients`.
+
+    ``logits``: how many numbers res is made from; ``pre`` and ``post`` False: fixed at 1/n and at ones, without columns
+    and without an entry in alpha.  phi and alpha None: constants, ``a = b``.  ``bounded`` False is Hyper-Connections
+    (2409.19606), with x~ each stream over its own root mean square, and phi [C, 1 + 1 + n]::
+
+        pre_j = alpha_0 tanh(x~_j phi_pre) + b    post_j alike    res_ij = alpha_2 tanh(x~_j phi_i) + b_ij
+
+    streams [..., n, C].  Returns pre [..., n], post [..., n], and the logits of res: [..., n, n] where there are n n,
+    [..., logits] otherwise.
+    """
+    *lead, n, _ = streams.shape
+    sizes = [size for size, learned in ((n, pre), (n, post), (logits, logits > 0)) if learned]
+    parts = [part.expand(*lead, -1) for part in bias.split_with_sizes(sizes)]
+    if phi is not None and alpha is not None:
+        x = streams.to(phi.dtype)
+        if bounded:
+            x = x.flatten(-2)
+        normed = (x @ phi) / torch.sqrt(x.square().mean(-1, keepdim=True) + eps)
+        if not bounded:  # [..., stream j, columns]: res is row-major in (i, j)
+            each = [size // n for size in sizes]
+            normed = torch.cat([part.mT.flatten(-2) for part in normed.tanh().split_with_sizes(each, -1)], -1)
+        dynamic = normed.split_with_sizes(sizes, -1)
+        parts = [scale * part + b for scale, part, b in zip(alpha, dynamic, parts, strict=True)]
+    rest = iter(parts)
+    one = bias.new_ones(()).expand(*lead, n)
+    pre_a = next(rest) if pre else None
+    post_a = next(rest) if post else None
+    res = next(rest) if logits else bias.new_empty((*lead, 0))
+    return (
+        one / n if pre_a is None else pre_a.sigmoid() if bounded else pre_a,
+        one.clone() if post_a is None else 2 * post_a.sigmoid() if bounded else post_a,
+        res.reshape(*lead, n, n) if logits == n * n else res,
+    )
+
+
 def sinkhorn(
     logits: Tensor, iterations: int, divisor_eps: float = 0.0, rows_first: bool = False, implicit: bool = False
 ) -> Tensor:

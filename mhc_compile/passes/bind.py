@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import fx
 
 from mhc_compile import _torch
+from mhc_compile.config import MHCConfig
 from mhc_compile.passes.capture import GraphInput
 from mhc_compile.passes.expand import Parameters
 from mhc_compile.passes.trunks import Site
+from mhc_compile.site_form import SiteForm
 
-PARTS = ("phi", "alpha", "bias")
 
-
-def bind_parameters(gm: fx.GraphModule, sites: list[Site], n: int) -> tuple[Parameters, list[str]]:
-    """Add inputs `site.phi`, `site.alpha`, `site.bias` for every site, in that order.
+def bind_parameters(gm: fx.GraphModule, sites: list[Site], config: MHCConfig) -> tuple[Parameters, list[str]]:
+    """Add inputs `site.phi`, `site.alpha`, `site.bias` for every site, in that order, as far as it has them.
 
     Gives the look-up that the rewrite asks for, and the names in the order of the new inputs; tied sites have one.
     """
@@ -23,16 +25,22 @@ def bind_parameters(gm: fx.GraphModule, sites: list[Site], n: int) -> tuple[Para
     made: dict[str, fx.Node] = {}
     place = placeholders[-1] if placeholders else None
     for site in sites:
-        for part in PARTS:
+        for part, shape in SiteForm.of(config, site.constraint).shapes(site.features).items():
             name = f"{site.name}.{part}"
             if name not in made:
-                place = _placeholder(gm, name, _like(site, part, n), fake_mode, place)
+                place = _placeholder(gm, name, _like(site, shape), fake_mode, place)
                 made[name] = place
 
-    def look_up(site: Site) -> tuple[fx.Node, fx.Node, fx.Node]:
-        return made[f"{site.name}.phi"], made[f"{site.name}.alpha"], made[f"{site.name}.bias"]
+    return named_parameters(made, config), list(made)
 
-    return look_up, list(made)
+
+def named_parameters(nodes: Mapping[str, fx.Node], config: MHCConfig) -> Parameters:
+    """The look-up of each site's parameters among nodes that are named `site.phi` and so on."""
+
+    def look_up(site: Site) -> dict[str, fx.Node]:
+        return {part: nodes[f"{site.name}.{part}"] for part in SiteForm.of(config, site.constraint).parameters}
+
+    return look_up
 
 
 def _placeholder(
@@ -50,9 +58,7 @@ def _placeholder(
     return node
 
 
-def _like(site: Site, part: str, n: int) -> torch.Tensor:
-    columns = n * n + 2 * n
-    shape = {"phi": (n * site.features, columns), "alpha": (3,), "bias": (columns,)}[part]
+def _like(site: Site, shape: tuple[int, ...]) -> torch.Tensor:
     state = site.merge.base.meta["val"]
     dtype = torch.float64 if state.dtype == torch.float64 else torch.float32
     return torch.empty(shape, dtype=dtype, device=state.device)

@@ -66,12 +66,19 @@ class NodeCost:
 
 
 # Backward FLOPs over forward ones, by the formulas in `kernels`.
-_FLOP_RATIO: dict[object, float] = {mhc.coefficients: 3.0, mhc.aggregate: 2.0, mhc.merge: 2.0, mhc.read: 2.5}
+_FLOP_RATIO: dict[object, float] = {
+    mhc.coefficients: 3.0,
+    mhc.gates: 3.0,
+    mhc.aggregate: 2.0,
+    mhc.merge: 2.0,
+    mhc.read: 2.5,
+}
 # Bytes moved by the backward in units of C, n streams: gradients in and out, streams read, sums with earlier gradients.
 _BACKWARD_UNITS: dict[object, tuple[int, int]] = {
     mhc.merge: (3, 2),
     mhc.aggregate: (3, 1),
     mhc.coefficients: (3, 0),
+    mhc.gates: (3, 0),
     mhc.merge_carried: (1, 2),
     mhc.read: (5, 2),
 }
@@ -419,7 +426,7 @@ def _site_of(node: fx.Node) -> object:
 
 
 def _is_coefficient(node: fx.Node) -> bool:
-    return node.target in READS or node.target is mhc.sinkhorn.default
+    return node.target in READS or node.target in (mhc.sinkhorn.default, mhc.constrain.default)
 
 
 # ---------------------------------------------------------------------------------------------- L_r*

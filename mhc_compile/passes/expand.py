@@ -6,30 +6,40 @@ With streams X of the base x, a site `x' = a x + s F(x)` becomes
     u = aggregate(X, pre);  f = s F(u);  X' = merge(a X, f, post, res)
 
 The trunk is widened at its entry (`expand`); ops between sites act on every stream; whoever else reads a trunk
-value gets `readout(X)`, the mean over streams (arXiv 2512.24880, eq. 7 to 19).
+value gets `readout(X)`, the mean over streams (arXiv 2512.24880, eq. 7 to 19). Other forms of sites (`site_form`) have
+`gates` in place of `coefficients`, `constrain` in place of `sinkhorn`, or no res.
+
+With single-pass reads whoever reads a state, branches and others, reads it with the pre of the site that made it, and
+before the first site, where streams are equal, by their mean:
+
+    u_0 = readout(X_0)    u_l+1 = aggregate(X_l+1, pre_l)    y = aggregate(X_L, pre_L-1)
+
+so that merge and reads of a state need one pass over it. An op on the trunk that changes how tokens lie leaves no such
+pre: behind it a branch reads by its own, and others by the mean.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import fx
 
 import mhc_compile.kernels.ops  # noqa: F401 - registers torch.ops.mhc
+from mhc_compile.config import MHCConfig
 from mhc_compile.passes.dataflow import Dataflow
 from mhc_compile.passes.emit import Emitter
 from mhc_compile.passes.feature_axis import rank
 from mhc_compile.passes.op_kinds import aten, tensor_of
 from mhc_compile.passes.stream_rules import Streams, apply_to_streams, from_tokens, to_tokens
 from mhc_compile.passes.trunks import Site, Trunk, carried_axis
+from mhc_compile.site_form import SiteForm
 
 mhc = torch.ops.mhc
 
-Parameters = Callable[[Site], tuple[fx.Node, fx.Node, fx.Node]]
+Parameters = Callable[[Site], Mapping[str, fx.Node]]
 
 
 def expand(
@@ -37,21 +47,14 @@ def expand(
     trunks: list[Trunk],
     flow: Dataflow,
     parameters: Parameters,
-    *,
-    n: int,
-    iterations: int,
-    eps: float,
-    implicit: bool = False,
+    config: MHCConfig,
 ) -> None:
-    """Rewrite the trunks of `gm` in place; `parameters` gives each site's phi, alpha and bias nodes.
+    """Rewrite the trunks of `gm` in place; `parameters` gives the nodes of each site's parameters by name.
 
-    `implicit`: the gradient of Sinkhorn, as in MHCConfig. `flow` is the dataflow of the graph as the trunks were found
-    in it.
+    `flow` is the dataflow of the graph as the trunks were found in it.
     """
     dead = {node for node in gm.graph.nodes if not node.users}
-    _Widening(
-        gm.graph, trunks, flow, parameters, n, eps, (iterations, 0.0, False, True) if implicit else (iterations,)
-    ).run()
+    _Widening(gm.graph, trunks, flow, parameters, config).run()
     for node in reversed(gm.graph.nodes):
         if node.op == "call_function" and not node.users and node not in dead and not node.is_impure():
             gm.graph.erase_node(node)
@@ -66,18 +69,18 @@ class _Widening:
         trunks: list[Trunk],
         flow: Dataflow,
         parameters: Parameters,
-        n: int,
-        eps: float,
-        balance: tuple[Any, ...],
+        config: MHCConfig,
     ) -> None:
         self.graph, self.emit, self.flow, self.parameters = graph, Emitter(graph), flow, parameters
-        self.n, self.eps, self.balance = n, eps, balance  # balance: the arguments of Sinkhorn
-        self.trunks = trunks
+        self.config, self.trunks = config, trunks
         self.streams: dict[fx.Node, Streams] = {}
         self.readouts: dict[fx.Node, fx.Node] = {}
         self.along: dict[Site, Streams] = {}  # the streams of a site's skip, as far as the sweep has come
         self.plain: dict[Site, fx.Node] = {}  # the same way, walked from the site's aggregate
-        self.mixing: dict[Site, tuple[fx.Node, fx.Node]] = {}
+        self.mixing: dict[Site, list[fx.Node | None]] = {}  # post and res
+        self.pre: dict[Site, fx.Node] = {}
+        # With single-pass reads, the pre that a trunk value is read with; None before the first site.
+        self.weights: dict[fx.Node, fx.Node | None] = {}
         self.based: dict[fx.Node, list[Site]] = {}
         self.holder = {site: _skip_holder(site) for trunk in trunks for site in trunk.sites}
         self.carried: set[tuple[fx.Node, fx.Node]] = set()  # (reader, value) edges that the streams replace
@@ -105,7 +108,8 @@ class _Widening:
         entry, axis = trunk.entry, trunk.axis[trunk.entry]
         with self.graph.inserting_before(self._place_after(entry)):
             tokens = to_tokens(self.emit, entry, axis)
-            self.streams[entry] = Streams(self.emit.call(mhc.expand.default, tokens, self.n, like=entry), axis)
+            self.streams[entry] = Streams(self.emit.call(mhc.expand.default, tokens, self.config.n, like=entry), axis)
+        self.weights[entry] = None
         self._open_sites(entry)  # its other readers go on reading the narrow value, which is the readout
 
     def _step(self, trunk: Trunk, node: fx.Node, source: fx.Node) -> None:
@@ -119,6 +123,7 @@ class _Widening:
                 trunk.axis[node],
                 self.readouts.get(source),
             )
+        self.weights[node] = self.weights[source]
         self._open_sites(node)
         self._read_out(node, self.streams[node])
 
@@ -136,6 +141,7 @@ class _Widening:
                 self.plain[site] = copy
                 for user in self._branch_readers(site, op):
                     user.replace_input_with(op, copy)
+        self.weights[op] = self.weights[site.merge.base]
         self._read_out(op, self.along[site])
 
     def _merge(self, site: Site) -> None:
@@ -148,6 +154,7 @@ class _Widening:
             node = self.emit.call(mhc.merge.default, kept, f, *self.mixing[site], like=root)
         node.meta["mhc_site"] = site.name
         self.streams[root] = Streams(node, state.axis)
+        self.weights[root] = self.pre[site]
         self._open_sites(root)
         self._read_out(root, self.streams[root])
 
@@ -175,19 +182,29 @@ class _Widening:
         """Emit the read of every site based at a trunk value, and give its branch the aggregate."""
         place = self._place_after(base)
         for site in self.based.get(base, ()):
-            state, like = self.streams[base], site.merge.root
+            state = self.streams[base]
             with self.graph.inserting_before(place):
-                read = self.emit.call(mhc.coefficients.default, state.node, *self.parameters(site), self.eps, like=like)
-                pre, post, logits = (self.emit.call(operator.getitem, read, part, like=like) for part in range(3))
-                res = self.emit.call(mhc.sinkhorn.default, logits, *self.balance, like=like)
-                u = self.emit.call(mhc.aggregate.default, state.node, pre, like=like)
-                for made in (read, res, u):
-                    made.meta["mhc_site"] = site.name
-                u = from_tokens(self.emit, u, state.axis, of=base)
-            self.mixing[site], self.along[site], self.plain[site] = (post, res), state, u
+                self.pre[site], *self.mixing[site] = self._coefficients(site, state.node)
+                self.along[site] = state
+                u = self._branch_input(site, state.node)
+                u.meta["mhc_site"] = site.name
+                self.plain[site] = u = from_tokens(self.emit, u, state.axis, of=base)
             for reader in sorted(site.readers):
                 if self.flow.index[reader] >= self.flow.index[place] and (reader, base) not in self.carried:
                     reader.replace_input_with(base, u)
+
+    def _coefficients(self, site: Site, streams: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+        """Its pre, its post, and its res, None where that is I."""
+        form, given, like = SiteForm.of(self.config, site.constraint), self.parameters(site), site.merge.root
+        (read, rest), mix = form.read, form.mix
+        made = self.emit.call(read, streams, given.get("phi"), given.get("alpha"), given["bias"], *rest, like=like)
+        made.meta["mhc_site"] = site.name
+        pre, post, logits = (self.emit.call(operator.getitem, made, part, like=like) for part in range(3))
+        if mix is None:
+            return pre, post, None
+        res = self.emit.call(mix[0], logits, *mix[1], like=like)
+        res.meta["mhc_site"] = site.name
+        return pre, post, res
 
     def _branch_readers(self, site: Site, op: fx.Node) -> list[fx.Node]:
         branch = self.flow.between(site.merge.base, site.merge.branches)
@@ -200,15 +217,37 @@ class _Widening:
         return any(self._branch_readers(site, later) for later in path[path.index(op) :])
 
     def _read_out(self, value: fx.Node, state: Streams) -> None:
-        """Give every reader that is left the mean over streams."""
+        """Give every reader that is left the mean over streams, or with single-pass reads their weighted sum."""
         readers = [user for user in value.users if user in self.flow.index and (user, value) not in self.carried]
         if not readers:
             return
         with self.graph.inserting_before(self._next_original(value)):
-            mean = self.emit.call(mhc.readout.default, state.node, like=value)
+            mean = self._view(value, state.node, value)
             self.readouts[value] = mean = from_tokens(self.emit, mean, state.axis, of=value)
         for reader in readers:
             reader.replace_input_with(value, mean)
+
+    def _branch_input(self, site: Site, streams: fx.Node) -> fx.Node:
+        """What a site's branch reads of its base: by its own pre, or with single-pass reads by the one before."""
+        base, like = site.merge.base, site.merge.root
+        if self.config.single_pass and (self.weights[base] is None or self._before(base, streams) is not None):
+            return self._view(base, streams, like)
+        return self.emit.call(mhc.aggregate.default, streams, self.pre[site], like=like)
+
+    def _view(self, value: fx.Node, streams: fx.Node, like: fx.Node) -> fx.Node:
+        """What any other reader of a trunk value gets."""
+        pre = self._before(value, streams) if self.config.single_pass else None
+        if pre is None:
+            return self.emit.call(mhc.readout.default, streams, like=like)
+        return self.emit.call(mhc.aggregate.default, streams, pre, like=like)
+
+    def _before(self, value: fx.Node, streams: fx.Node) -> fx.Node | None:
+        """The pre of the last site before a trunk value, if tokens still lie as they did there."""
+        pre, state = self.weights[value], tensor_of(streams)
+        assert state is not None
+        if pre is None or tuple(map(str, pre.meta["val"].shape)) != tuple(map(str, state.shape[:-1])):
+            return None
+        return pre
 
     # ------------------------------------------------------------------------------------------ places
 

@@ -35,6 +35,8 @@ SKIP = "its merge does not take the streams that it reads: an op on the skip (a 
 WRITTEN = "an op writes in place into its streams"
 GRADIENTS = "its ops stand in regions of different grad mode"
 IMPLICIT = "there is no kernel of a site whose Sinkhorn has an implicit gradient"
+OTHER_FORM = "there is no kernel of coefficients in this form (static, fixed pre or post, lite, unconstrained)"
+OTHER_RES = "there is no kernel of a site whose res is {kind}"
 MERGES = "its merges differ in how they take res (transposed, rounded)"
 UNREAD = "no aggregate reads its streams with its pre"
 
@@ -56,7 +58,7 @@ def lower(gm: fx.GraphModule, compiled: bool = False) -> Outcome:
 
     compiled: inductor may compile the bodies of the ops, too, where they run on a CPU.
     """
-    starts = list(gm.graph.find_nodes(op="call_function", target=mhc.coefficients.default))
+    starts = [node for node in gm.graph.nodes if node.target in (mhc.coefficients.default, mhc.gates.default)]
     if not starts:
         return Outcome(False)
     flow = Dataflow(gm.graph)
@@ -70,7 +72,11 @@ def lower(gm: fx.GraphModule, compiled: bool = False) -> Outcome:
     for start, reason in zip(starts, found, strict=True):
         if isinstance(reason, str):
             kept.setdefault(reason, []).append(start.meta.get("mhc_site") or source_line(start) or start.name)
-    return Outcome(any(isinstance(site, SiteOps) for site in found), tuple(map(_note, kept, kept.values())))
+    notes = [_note(reason, names) for reason, names in kept.items()]
+    early = sum(isinstance(site, SiteOps) and not site.aggregates and bool(site.merges) for site in found)
+    if early:
+        notes.append(f"{early} states are read with the pre of the site before: no kernel does that in the same pass")
+    return Outcome(any(isinstance(site, SiteOps) for site in found), tuple(notes))
 
 
 # ---------------------------------------------------------------------------------------------- pattern and check
@@ -78,12 +84,16 @@ def lower(gm: fx.GraphModule, compiled: bool = False) -> Outcome:
 
 def match(start: fx.Node, flow: Dataflow) -> SiteOps | str:
     """The site that the coefficients `start` belong to, or the reason why it stays on level 1."""
+    if start.target is mhc.gates.default:
+        return OTHER_FORM
     streams: Any = start.args[0]
     pre, post, logits = (_output(start, place) for place in range(3))
     aggregates = _calls(mhc.aggregate.default, [streams], pre)
     res: list[fx.Node] | None = None
     if _groups(start) == 3:
         res = _readers(logits)
+        if [reader.target for reader in res] == [mhc.constrain.default]:
+            return OTHER_RES.format(kind=res[0].args[1])
         if [reader.target for reader in res] != [mhc.sinkhorn.default]:
             return LOGITS
         if given(res[0], "implicit", False):

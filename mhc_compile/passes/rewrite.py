@@ -87,16 +87,7 @@ def rewrite(analysis: Analysis, config: MHCConfig, parameters: Parameters) -> li
     """Widen the trunks of an analysed graph in place; gives the records of the passes that ran."""
 
     def run(graph: fx.GraphModule) -> Outcome:
-        expand(
-            graph,
-            analysis.trunks,
-            analysis.flow,
-            parameters,
-            n=config.n,
-            iterations=config.iterations,
-            eps=config.eps,
-            implicit=config.implicit_gradient,
-        )
+        expand(graph, analysis.trunks, analysis.flow, parameters, config)
         return Outcome(bool(analysis.trunks))
 
     records = run_passes(analysis.graph, [Pass("expand", False, run)])

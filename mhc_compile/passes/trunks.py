@@ -36,6 +36,7 @@ class Site:
     index: int
     readers: frozenset[fx.Node]
     name: str = ""
+    constraint: str = ""  # its own; '' is that of the conversion
 
     @property
     def line(self) -> str:
