@@ -218,7 +218,8 @@ def table(result: Row) -> str:
     """The markdown of the page."""
     near, far = (f"{result['devices'][name]['link'] / 1e9:.0f} GB/s" for name in ("within", "network"))
     lines = [
-        f"| | step | over the baseline, links of {far} | of {near}, same cuts | bubble | memory by device, first to last, GiB |",
+        f"| | step | over the baseline, links of {far} | of {near}, same cuts | bubble "
+        "| memory by device, first to last, GiB |",
         "|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:

@@ -85,5 +85,5 @@ def environment() -> dict[str, Any]:
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line of a result."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    """An error in one line of a result: of a compilation's the first line names the backend, the second what it was."""
+    return " ".join(f"{type(error).__name__}: {error}".splitlines()[:2])[:300]

@@ -79,7 +79,7 @@ def test_a_case_that_fails_is_named_and_the_others_go_on(monkeypatch: pytest.Mon
     cases = {"broken": (broken, None), "large": (large, None), "wrong": (wrong, "plain, eager")}
     monkeypatch.setattr(train_step, "CASES", {"plain, eager": (train_step.plain, None), **cases})
     rows = measured(["broken", "plain, eager", "large", "wrong"])
-    assert rows["broken"] == {"status": "failed", "reason": "ValueError: no such thing"}
+    assert rows["broken"] == {"status": "failed", "reason": "ValueError: no such thing and more"}
     assert rows["large"]["status"] == "out of memory" and rows["plain, eager"]["ms"] > 0
     assert rows["wrong"]["status"] == "wrong" and "wrong: {" in train_step.line("wrong", rows["wrong"])
 
