@@ -1,6 +1,6 @@
 """Watch a training: a small Llama with 4 streams, its gains, streams and gradients, as numbers and as a picture.
 
-It is trained on characters of Python's documentation. A Monitor samples every 20th step; the gradients are clipped with
+It is trained on characters of Python's documentation. A Monitor samples every 10th step; the gradients are clipped with
 a threshold for the mHC parameters apart from the others'; the matrices that mix streams learn more slowly than what
 reads and writes them.
 """
@@ -18,7 +18,7 @@ from mhc_compile import AdaptiveClip, Monitor, mhc_compile, param_groups, scale_
 LENGTH, BATCH, LR = 64, 8, 3e-3
 
 
-def main(steps: int = 121, layers: int = 6, every: int = 20, picture: str | Path = "monitoring.png") -> Monitor:
+def main(steps: int = 81, layers: int = 6, every: int = 10, picture: str | Path = "monitoring.png") -> Monitor:
     """Run the example; gives the Monitor."""
     torch.manual_seed(0)
     config = LlamaConfig(

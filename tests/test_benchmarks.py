@@ -27,7 +27,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # for the folder `benchmarks`
 
-from benchmarks import kernel_accuracy, kernel_table, kernel_times, kernel_timing  # noqa: E402
+from benchmarks import kernel_accuracy, kernel_table, kernel_times, kernel_timing, stability  # noqa: E402
 from benchmarks.kernel_implementations import Eager, Function, Outputs  # noqa: E402
 from benchmarks.kernel_samples import GROUPS, OPS, Shape, chosen, copies, sample  # noqa: E402
 from benchmarks.kernel_traffic import report, site_launches, site_traffic  # noqa: E402
@@ -347,6 +347,21 @@ def test_inputs_exceed_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_timing, "torch", SimpleNamespace(cuda=cuda))
     assert kernel_timing.rotation(1 << 30) == 2
     assert kernel_timing.rotation(10 << 20) * (10 << 20) >= 4 * cache.L2_cache_size
+
+
+# --- stability --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", stability.ways())
+def test_the_committed_gains_of_random_matrices_are_those_of_the_script(name: str) -> None:
+    committed = json.loads((ROOT / "benchmarks" / "results" / "stability.json").read_text())["random"]
+    if name not in committed:
+        pytest.skip("measured before the package had this constraint")
+    found = stability.random_gains(stability.ways()[name], 0.3, 8)
+    assert [one["sites"] for one in found] == [1, 2, 4, 8]
+    for one, right in zip(found, committed[name]["0.3"], strict=False):
+        assert one == pytest.approx(right, rel=1e-9)
+    assert not name.startswith("Sinkhorn") or found[-1]["backward"] < 1.1
 
 
 # --- the README's table -----------------------------------------------------------------------------------
