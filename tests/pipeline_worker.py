@@ -120,12 +120,12 @@ def whole(name: str) -> Whole:
     return found
 
 
-_traced: dict[tuple[int, bool], TracedModel] = {}
+_traced: dict[tuple[nn.Module, bool], TracedModel] = {}
 
 
 def traced_once(model: nn.Module, inputs: Any) -> TracedModel:
     """What `trace` gives, which takes most of the time of a cut: once for each model, and a copy of it for each cut."""
-    key = id(model), model.training
+    key = model, model.training
     if key not in _traced:
         _traced[key] = trace(model, inputs)
     made = copy.copy(_traced[key])
