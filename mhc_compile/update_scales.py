@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mhc_compile.config import PARTS
 from mhc_compile.conversion import TREE
 from mhc_compile.errors import ConfigError, wrong
 from mhc_compile.gradients import the_converted
@@ -90,9 +91,15 @@ def scale_updates(
 
 
 def _of_part(site: HyperConnection, name: str, parameter: nn.Parameter, scales: _Scales) -> Tensor:
-    """The scales of a parameter's last axis, which holds pre, post and res: one number each in alpha, else columns."""
-    sizes = (1, 1, 1) if name == "alpha" else (site.n, site.n, parameter.shape[-1] - 2 * site.n)
-    return torch.tensor(scales).repeat_interleave(torch.tensor(sizes))
+    """The scales of a parameter's last axis, which holds those of pre, post and res that the site learns.
+
+    alpha has one number for each; of the columns each has its share, in phi as in bias.
+    """
+    columns, axis = site.form.columns, parameter.shape[-1]
+    every = sum(columns.values())
+    sizes = [1 if name == "alpha" else count * axis // every for count in columns.values()]
+    chosen = [scale for part, scale in zip(PARTS, scales, strict=True) if part in columns]
+    return torch.tensor(chosen).repeat_interleave(torch.tensor(sizes))
 
 
 def _like(scale: Tensor, parameter: nn.Parameter) -> Tensor:

@@ -20,12 +20,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from graphs import randomize, zoo_model
 from mhc_compile import ConfigError, MHCError, PartitionError, mhc_compile
+from mhc_compile import pipeline as cutting
 from mhc_compile.codegen.pipeline import Stage
-from mhc_compile.partition import Plan, partition
+from mhc_compile.partition import Pipeline, Plan, cost_model, planned
+from mhc_compile.passes.cost import CostModel
+from mhc_compile.passes.emit import copy_graph
 from mhc_compile.pipeline import pipeline_schedule, pipeline_stages
+from mhc_compile.trace import TracedModel, trace
 
 WORLD = 2
 SECONDS = 60  # what a collective waits for the other process
@@ -84,10 +89,14 @@ class Whole:
                 if isinstance(value, Tensor)
             }
 
-    def plan(self, stages: int, schedule: str = "1f1b") -> Plan:
-        return partition(
-            self.model, self.inputs, stages=stages, microbatches=MICROBATCHES, schedule=schedule, devices=WORLD
-        )
+    @functools.cached_property
+    def costs(self) -> CostModel:
+        return cost_model(self.model, self.inputs)
+
+    def plan(self, stages: int, schedule: str = "1f1b", devices: int = WORLD) -> Plan:
+        """As `partition` plans, from costs that are worked out once."""
+        pipeline = Pipeline.of(stages, MICROBATCHES, schedule, devices)
+        return planned(self.costs, pipeline, type(self.model).__name__, 4)
 
 
 @functools.cache
@@ -109,6 +118,19 @@ def whole(name: str) -> Whole:
     with torch.no_grad():
         found.logits = torch.cat([model(**part, use_cache=False).logits for part in parts_of(next(found.batches()))])
     return found
+
+
+_traced: dict[tuple[nn.Module, bool], TracedModel] = {}
+
+
+def traced_once(model: nn.Module, inputs: Any) -> TracedModel:
+    """What `trace` gives, which takes most of the time of a cut: once for each model, and a copy of it for each cut."""
+    key = model, model.training
+    if key not in _traced:
+        _traced[key] = trace(model, inputs)
+    made = copy.copy(_traced[key])
+    made.__dict__["_modules"] = {"graph_module": copy_graph(_traced[key].graph_module)}
+    return made
 
 
 def parts_of(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -277,6 +299,36 @@ def check_compiled(folder: Path) -> None:
         pipeline_schedule(stages, loss_of)
 
 
+def check_data_parallel(folder: Path) -> None:
+    """A pipeline in each process, and its stage in DDP or FSDP2: gradients are the mean of those of the processes.
+
+    DDP would leave those of schedules with two kinds of backward as they are, in silence.
+    """
+    known = whole("llama")
+    rank, pipelines = dist.get_rank(), [dist.new_group([rank]) for rank in range(WORLD)]
+    halves = pipeline_stages(known.plan(4, "zbv"), known.model, known.inputs)
+    halves[-1].submod = nn.parallel.DistributedDataParallel(halves[-1].submod, process_group=pipelines[rank])
+    with refused("'zbv'", "DistributedDataParallel", "fully_shard"):
+        pipeline_schedule(halves, loss_of)
+    first, second = known.batches()
+    expected = [known.gradients[0], {}]
+    known.model.load_state_dict(known.start)
+    known.model.zero_grad()
+    whole_step(known.model, second)
+    expected[1] = {name: value.grad for name, value in known.model.named_parameters(remove_duplicate=False)}
+    for wrap in (nn.parallel.DistributedDataParallel, fully_shard):
+        known.model.zero_grad()
+        (stage,) = pipeline_stages(known.plan(1, devices=1), known.model, known.inputs, group=pipelines[rank])
+        stage.submod = wrap(stage.submod)
+        step(pipeline_schedule([stage], loss_of), [stage], (first, second)[rank])
+        for name, value in stage.module.named_parameters():
+            parts = [one[name] for one in expected]
+            assert value.grad is not None and parts[0] is not None and parts[1] is not None
+            gradient = value.grad.full_tensor() if isinstance(value.grad, DTensor) else value.grad
+            near(gradient, (parts[0] + parts[1]) / WORLD, f"the gradient of {name} in {wrap.__name__}")
+    whole.cache_clear()  # fully_shard has taken its parameters
+
+
 _PARTS = ("check_saved", "check_accumulated")  # of other checks
 CHECKS = [name for name in globals() if name.startswith("check_") and name not in _PARTS]
 
@@ -289,6 +341,7 @@ def main(names: list[str], rank: int, folder: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timedelta(seconds=SECONDS)
     )
+    cutting.trace = traced_once  # type: ignore[assignment]
     checks: dict[str, Callable[[Path], None]] = {name: globals()[name] for name in names}
     for name, check in checks.items():
         print(f"{name} ...", file=sys.stderr, flush=True)

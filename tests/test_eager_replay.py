@@ -11,7 +11,8 @@ from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from graphs import float_outputs, randomize, zoo_model
-from mhc_compile import history, mhc_compile
+from mhc_compile import ShapeError, history, mhc_compile
+from mhc_compile.kernels import ops
 from mhc_compile.kernels.replay_ops import replay_block
 from mhc_compile.passes import eager_replay
 from mhc_compile.passes.cost import CostModel
@@ -192,3 +193,30 @@ def test_tags_of_an_activation_checkpoint_are_not_ours(policy: CheckpointPolicy)
             node.meta["recompute"] = policy
     lower(graph)
     assert_same_bits(gradients(replaying(graph), one), gradients(graph, one))
+
+
+def block_arguments(dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor], list[Tensor], list[Any], Any]:
+    """Streams of two sites, and f, post, res and pre of them; the second state has no aggregate."""
+    torch.manual_seed(0)
+    f, post, res = [torch.randn(5, 7) for _ in range(2)], torch.rand(2, 5, 3), torch.rand(2, 5, 3, 3)
+    pre = [torch.rand(5, 3), None, torch.rand(5, 3)]
+    return torch.randn(5, 3, 7).to(dtype), [one.to(dtype) for one in f], list(post), list(res), pre
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_op_of_a_block_is_its_merges_and_aggregates(dtype: torch.dtype) -> None:
+    streams, f, post, res, pre = block_arguments(dtype)
+    torch.library.opcheck(torch.ops.mhc.replay_block.default, (streams, f, post, res, pre), {"transposed": True})
+    states, aggregates = replay_block(streams, f, post, res, pre, transposed=True)
+    one = ops.merge(streams, f[0], post[0], res[0], True)
+    two = ops.merge(one, f[1], post[1], res[1], True)
+    expected = [one, two, ops.aggregate(streams, pre[0]), ops.aggregate(two, pre[2])]
+    assert all(map(torch.equal, [*states, *aggregates], expected))
+
+
+def test_a_block_that_does_not_fit_is_refused() -> None:
+    streams, f, post, res, pre = block_arguments()
+    with pytest.raises(ShapeError, match=r"\(2, 2, 2, 2\) tensors; legal: k, k, k and k \+ 1"):
+        replay_block(streams, f, post, res, pre[:2])
+    with pytest.raises(ShapeError, match="res is None at some sites and given at others"):
+        replay_block(streams, f, post, [None, res[1]], pre)

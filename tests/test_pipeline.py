@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 
 import pipeline_worker
 import zoo
-from graphs import FAR, float_outputs, fresh, loss_of, randomize
+from graphs import FAR, float_outputs, fresh, loss_of, randomize, zoo_model
 from mhc_compile import ConfigError, MHCError, PartitionError, RewriteError, ShapeError, mhc_compile
 from mhc_compile.codegen.stage_module import StageModule
 from mhc_compile.partition import Plan, partition
@@ -252,14 +253,32 @@ def test_a_single_stream() -> None:
     assert all(value.dim() == 3 for stage in stages for value in stage.sent)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager"])
+def test_stages_draw_the_dropout_of_the_whole_model() -> None:
+    """Cut in train mode, under one seed, and one microbatch at a time: bit for bit."""
+    model, inputs = zoo_model("gpt2")
+    mhc_compile(model.train(), 4, backend="eager", example_inputs=inputs)
+    randomize(model)
+    stages = stage_modules(partition(model, inputs, stages=2, microbatches=2), model, inputs, tied="reduce")
+    found = []
+    for call in (model, functools.partial(run, stages)):
+        torch.manual_seed(5)
+        outputs = float_outputs(call(**inputs))
+        loss_of(outputs).backward()
+        found.append([outputs[0].detach(), *(value.grad for value in model.parameters() if value.grad is not None)])
+        model.zero_grad()
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True)) and len(found[0]) > 10
+    with torch.no_grad():
+        assert not torch.equal(float_outputs(run(stages, **inputs))[0], found[0][0]), "nothing is drawn"
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_stages_replay_their_blocks(backend: str) -> None:
-    """Less is kept for the backward, and the gradients are the same bit for bit."""
+    """Less is kept for the backward, and the gradients are the same."""
     known, plan = llama(), llama().plan(2)
     assert any(len(block) > 1 for block in plan.blocks)
     as_they_are, compiled = known.stages(plan), known.stages(plan, backend=backend)
     assert compiled[0].is_compiled and not as_they_are[0].is_compiled
-    known.check(compiled, tolerance=1e-6)
+    known.check(compiled, tolerance=1e-6 if backend == "aot_eager" else 1e-5)
     assert kept(compiled, known) < 0.8 * kept(as_they_are, known)
     with torch.no_grad():
         torch.testing.assert_close(float_outputs(run(compiled, **known.inputs))[0], known.outputs[0].detach())

@@ -19,6 +19,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
     ScheduleZBVZeroBubble,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 from mhc_compile.codegen.stage_module import StageModule
 from mhc_compile.errors import PartitionError, wrong
@@ -191,6 +192,11 @@ def _metas(values: Sequence[Tensor], trained: Sequence[bool]) -> tuple[Tensor, .
 
 def check_split(stage: Stage) -> None:
     """Raise PartitionError when a stage, of any process, cannot compute input and weight gradients apart."""
+    if isinstance(stage.submod, DistributedDataParallel):
+        # torch sums what whole backwards accumulate, behind the last of them: here it would sum nothing, in silence.
+        found = f"{stage.schedule.name!r}, which computes input and weight gradients apart"
+        legal = "'1f1b', 'gpipe' or 'interleaved' for stages in DistributedDataParallel"
+        raise PartitionError(wrong("the schedule", found, legal, "use one of them, or fully_shard(stage.submod)"))
     if stage.whole is not None:
         found = f"{stage.schedule.name!r}, which computes input and weight gradients apart"
         legal = f"one with whole backwards, for {stage.whole}"
@@ -210,6 +216,7 @@ def build_schedule(
     if microbatches is not None:
         schedule = Schedule.of(schedule.name, schedule.stages, schedule.devices, microbatches)
     if loss is not None and schedule.name in _SPLIT:
-        check_split(stages[0])
+        for stage in stages:
+            check_split(stage)
     given = stages[0] if schedule.stages == schedule.devices and schedule.name in ("gpipe", "1f1b") else list(stages)
     return _CLASSES[schedule.name](given, schedule.microbatches, loss_fn=loss, **options)
