@@ -77,7 +77,7 @@ def _check_gates(
     arguments.check_streams(streams)
     *lead, n, features = streams.shape
     dtype = plain.coefficient_dtype(streams.dtype)
-    columns = n * pre + n * post + logits
+    columns = n * (int(pre) + int(post)) + logits
     arguments.check_one("bias", bias, (columns,), dtype, "[columns]", streams.device)
     if phi is not None and alpha is not None:
         shape = (n * features, columns) if bounded else (features, columns // n)
