@@ -83,14 +83,17 @@ def times(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[st
     }
 
 
-def other(inputs: dict[str, Any], batch: int, length: int, vocabulary: int) -> dict[str, Any]:
-    """Inputs of another batch and length; images keep their size."""
+def other(
+    inputs: dict[str, Any], batch: int, length: int, vocabulary: int, shapes: dict[str, tuple[int | str, ...]]
+) -> dict[str, Any]:
+    """Inputs of another batch and length; images keep their size, and a file its fixed sizes."""
     generator = torch.Generator().manual_seed(batch)
 
     def one(name: str, value: Tensor) -> Tensor:
         if value.is_floating_point():
             return torch.randn((batch, *value.shape[1:]), generator=generator)
-        size = length if name == "input_ids" else length - 1
+        fixed = shapes[name][1]
+        size = fixed if isinstance(fixed, int) else length if name == "input_ids" else length - 1
         return torch.randint(3, vocabulary, (batch, size), generator=generator)
 
     return {name: one(name, value) if isinstance(value, Tensor) else value for name, value in inputs.items()}
@@ -151,7 +154,9 @@ def measure(
     found["sites"] = len(by_site)
     complete = sites is None or (len(by_site) == sites and all(one == SITE for one in by_site.values()))
     found["one group a site"] = complete
-    given = [inputs, *(other(inputs, batch, length, vocabulary) for batch, length in SHAPES[1:])]
+    free = export_onnx(model, inputs, paths[1]).inputs
+    found["inputs"] = {name: list(shape) for name, shape in free.items()}
+    given = [inputs, *(other(inputs, batch, length, vocabulary, free) for batch, length in SHAPES[1:])]
     found["errors"] = [float(f"{one:.1e}") for one in errors(model, given, paths[1])]
     found["right"] = max(found["errors"]) < LIMIT and complete
     return found

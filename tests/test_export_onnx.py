@@ -409,6 +409,28 @@ def test_a_block_written_by_hand(tmp_path: Path) -> None:
         assert off(session(written.path).run(None, {"x": given.numpy()})[0], model(given)) < TOLERANCE
 
 
+class CastNorm(foreign_blocks.Coefficients):
+    """The norm before the product, with a cast in it (DeepSeek-V4): torch.export checks the dtype of what is cast."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        n, flat = foreign_blocks.N, x.flatten(-2)
+        rms = torch.rsqrt(flat.float().square().mean(-1, keepdim=True) + foreign_blocks.EPS).to(x.dtype)
+        z = (flat * rms) @ self.phi
+        pre = torch.sigmoid(self.alpha[0] * z[..., :n] + self.bias[:n])
+        post = 2 * torch.sigmoid(self.alpha[1] * z[..., n : 2 * n] + self.bias[n : 2 * n])
+        res = self.alpha[2] * z[..., 2 * n :] + self.bias[2 * n :]
+        return pre, post, foreign_blocks.deepseek(res.unflatten(-1, (n, n)))
+
+
+def test_checks_of_dtypes_do_not_hide_a_site(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = foreign_blocks.Block(CastNorm).eval()
+    x = x_of(2, 5, foreign_blocks.C)
+    written = export_onnx(model, x, tmp_path / "model.onnx")
+    assert written.calls["Coefficients"] == written.calls["SoftmaxSinkhorn"] == 2 and len(written.sites) == 2
+    assert off(session(written.path).run(None, {"x": x.numpy()})[0], model(x)) < TOLERANCE
+
+
 def test_a_module_of_the_package(tmp_path: Path) -> None:
     site = HyperConnection(4, 8, init="paper")
     x = x_of(2, 5, 4, 8)
