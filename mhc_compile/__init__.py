@@ -3,6 +3,7 @@
 from mhc_compile.checkpoint import load
 from mhc_compile.config import MHCConfig
 from mhc_compile.convert import history, mhc_compile, param_groups, recompute, restore
+from mhc_compile.draw import draw
 from mhc_compile.errors import (
     CaptureError,
     ConfigError,
@@ -19,6 +20,7 @@ from mhc_compile.owning_backend import Backend
 from mhc_compile.partition import cost_model, partition
 from mhc_compile.pipeline import pipeline_schedule, pipeline_stages, stage_modules
 from mhc_compile.plan import Plan
+from mhc_compile.source import Source, source
 from mhc_compile.trace import trace
 from mhc_compile.verify import verify
 
@@ -35,8 +37,10 @@ __all__ = [
     "Plan",
     "RewriteError",
     "ShapeError",
+    "Source",
     "composite_gains",
     "cost_model",
+    "draw",
     "explain",
     "gain",
     "history",
@@ -49,6 +53,7 @@ __all__ = [
     "pipeline_stages",
     "recompute",
     "restore",
+    "source",
     "stage_modules",
     "trace",
     "verify",
