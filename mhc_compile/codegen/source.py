@@ -19,6 +19,8 @@ from mhc_compile.codegen.stage_module import leaves
 from mhc_compile.errors import ExportError, wrong
 from mhc_compile.passes.capture import graph_input
 
+_TAKEN = {"Any", "Level", "Path", "Recorded", "Shape", "Sites", "Tensor", "F", "nn"}  # names in every file
+
 
 @dataclass(frozen=True)
 class TracedCall:
@@ -61,12 +63,13 @@ def write(model: nn.Module, call: TracedCall, header: str, *, clean: bool = True
     body = BodyWriter(call.graph.graph, names, device=device.text, clean=clean).write()
     result = _output(call.output, body.outputs, call.graph.graph)
     forward = [*inputs.checks, *([device.line] if device.used else []), *body.lines, *_returned(result)]
+    name = call.name if call.name not in _TAKEN else f"{call.name}Model"
     parts = [
-        _docstring(call, header, inputs, holds, model.training),
+        _docstring(name, header, inputs, holds, model.training),
         "from __future__ import annotations",
         _imports(forward, holds, call.graph.graph),
         _LEVEL,
-        _class(call.name, holds, model.training, inputs.signature, _annotation(call.output), forward),
+        _class(name, holds, model.training, inputs.signature, _annotation(call.output), forward),
         *inputs.helpers,
         *([_sites(call.function)] if "mhc" in holds.extra else []),
         *([_RECORDED] if set(holds.extra) - {"mhc"} else []),
@@ -75,7 +78,7 @@ def write(model: nn.Module, call: TracedCall, header: str, *, clean: bool = True
         *_tables(holds),
     ]
     code = "\n\n".join(parts)
-    return Written(call.name, re.sub(r"\n{3,}(?=[^\s])", "\n\n\n", _spaced(code)) + "\n", holds.large())
+    return Written(name, re.sub(r"\n{3,}(?=[^\s])", "\n\n\n", _spaced(code)) + "\n", holds.large())
 
 
 # -------------------------------------------------------------------------------------------------- inputs
@@ -254,13 +257,13 @@ def _returned(result: Expression) -> list[str]:
 # ---------------------------------------------------------------------------------------------------- file
 
 
-def _docstring(call: TracedCall, header: str, inputs: _Inputs, holds: Held, training: bool) -> str:
+def _docstring(name: str, header: str, inputs: _Inputs, holds: Held, training: bool) -> str:
     mode = "train" if training else "eval"
     given = ", ".join(re.findall(r"(\w+): \w+(?!\w| =)", inputs.signature)) or "..."
     lines = [
         header,
         "",
-        f"    model = {call.name}()",
+        f"    model = {name}()",
         '    model.load_state_dict(torch.load("weights.pt"))  # the state_dict of the converted model',
         f"    output = model({given})",
         "",
