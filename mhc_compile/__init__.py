@@ -4,6 +4,7 @@ from mhc_compile.checkpoint import load
 from mhc_compile.clipping import AdaptiveClip
 from mhc_compile.config import MHCConfig
 from mhc_compile.convert import history, mhc_compile, param_groups, recompute, restore, set_iterations
+from mhc_compile.draw import draw
 from mhc_compile.errors import (
     CaptureError,
     ConfigError,
@@ -24,6 +25,7 @@ from mhc_compile.owning_backend import Backend
 from mhc_compile.partition import cost_model, partition
 from mhc_compile.pipeline import pipeline_schedule, pipeline_stages, stage_modules
 from mhc_compile.plan import Plan
+from mhc_compile.source import Source, source
 from mhc_compile.trace import trace
 from mhc_compile.update_scales import scale_updates
 from mhc_compile.verify import verify
@@ -43,9 +45,11 @@ __all__ = [
     "Plan",
     "RewriteError",
     "ShapeError",
+    "Source",
     "StabilityWarning",
     "composite_gains",
     "cost_model",
+    "draw",
     "explain",
     "export_onnx",
     "gain",
@@ -61,6 +65,7 @@ __all__ = [
     "restore",
     "scale_updates",
     "set_iterations",
+    "source",
     "stage_modules",
     "trace",
     "verify",

@@ -77,6 +77,7 @@ def _add_explain(commands: Any) -> None:
         action="store_true",
         help="build the weights as well (all of them in memory), for a model that cannot be traced without",
     )
+    explain.add_argument("--draw", type=Path, metavar="FILE", help="write a picture too: .svg, .png or .pdf")
     explain.set_defaults(run=_explain)
 
 
@@ -120,6 +121,7 @@ def _add_convert(commands: Any) -> None:
         convert.add_argument(
             name, action="append", metavar="PATTERN", help=f"{words}: a module name such as '*.mlp'; repeatable"
         )
+    convert.add_argument("--source", action="store_true", help="write the rewritten model as Python too, as model.py")
     _add_seed(convert)
     convert.set_defaults(run=_convert)
 
@@ -204,9 +206,13 @@ class _Paragraphs(argparse.RawDescriptionHelpFormatter):
 
 
 def _explain(options: argparse.Namespace) -> int:
+    from mhc_compile.codegen.draw import check_suffix
+    from mhc_compile.draw import draw
     from mhc_compile.explain import explain
     from mhc_compile.model_source import model_source, weightless, with_inputs
 
+    if options.draw is not None:
+        check_suffix(options.draw)
     with _only_json(options.json):
         source = model_source(options.model, options.set)
         real = source.converted or options.with_weights
@@ -216,6 +222,8 @@ def _explain(options: argparse.Namespace) -> int:
         try:
             with _progress(f"tracing {type(built.model).__name__}"):
                 found = explain(built.model, inputs)
+                if options.draw is not None:
+                    draw(built.model, inputs, options.draw)
         except Exception:
             if not real:
                 print("mhc-compile: traced without weights; --with-weights builds them", file=sys.stderr)
@@ -252,6 +260,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _convert(options: argparse.Namespace) -> int:
     from mhc_compile.convert import mhc_compile
+    from mhc_compile.source import source
 
     config = MHCConfig(n=options.n, init=options.init, **_manifold(options))
     if config.n == 1:
@@ -263,7 +272,10 @@ def _convert(options: argparse.Namespace) -> int:
         own = sum(parameter.numel() for parameter in model.parameters())
         with _progress(f"converting {type(model).__name__} to n = {config.n}"):
             mhc_compile(model, config=config, example_inputs=inputs, only=options.only, skip=options.skip)
+        written_source = source(model, inputs) if options.source else None
         load = _write(model, options.out, "" if loadable else built.again)
+        if written_source is not None:
+            written_source.save(options.out / "model.py")
     from mhc_compile.conversion import conversion
 
     written = {

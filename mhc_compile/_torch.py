@@ -40,6 +40,7 @@ try:
     from torch._functorch.predispatch import _remove_batch_dim as vmap_unwrap
     from torch._functorch.predispatch import _vmap_decrement_nesting as vmap_exit
     from torch._functorch.predispatch import _vmap_increment_nesting as vmap_enter
+    from torch._library.custom_ops import OPDEFS
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.autograd import forward_ad
     from torch.fx import _symbolic_trace
@@ -77,6 +78,7 @@ __all__ = [
     "in_backward",
     "is_tracing",
     "make_fx",
+    "module_of_op",
     "outside_dynamo",
     "paused",
     "record_opaque",
@@ -177,6 +179,12 @@ def fresh_function(function: Callable[..., Any]) -> Callable[..., Any]:
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
+
+
+def module_of_op(op: torch._ops.OpOverload) -> str | None:
+    """The module that defines a custom op in Python; None when torch.library does not know."""
+    definition = OPDEFS.get(op._schema.name)
+    return None if definition is None else str(definition._init_fn.__module__)
 
 
 def storage_key(value: object) -> int | None:

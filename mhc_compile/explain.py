@@ -156,6 +156,15 @@ def explain(model: nn.Module, inputs: Any = None) -> Explanation:
     when omitted. The model is traced, not run, and not changed. Adds that a conversion left plain (`only`, `skip`) are
     among the refused. Raises CaptureError when it is not one graph.
     """
+    analysis, config = analysed(model, inputs)
+    found = explanation(type(model).__name__, analysis)
+    if analysis.foreign is not None:
+        return with_its_own(found, analysis)
+    return replace(found, notes=[*found.notes, *_unfused(analysis, config)])
+
+
+def analysed(model: nn.Module, inputs: Any = None) -> tuple[Analysis, MHCConfig]:
+    """What the finder sees in a model, and its conversion's options: the default ones when it is not converted."""
     refuse_wrapped(model)
     args, kwargs = as_call(derive(model) if inputs is None else inputs)
     record = conversion(model).record if is_converted(model) else None
@@ -163,16 +172,14 @@ def explain(model: nn.Module, inputs: Any = None) -> Explanation:
     analysis = analyze(just_in_time(plain_forward(model), model, args, kwargs).graph, tie_shared=tied)
     if record is not None and record.plain:
         analysis = leave_plain(analysis, record.plain)
+    config = record.config if record is not None else MHCConfig()
     own = {} if record is None else {site.name: site.constraint for site in record.sites}
     for site in analysis.sites:
         site.constraint = own.get(site.name, "")
-    found = explanation(type(model).__name__, analysis)
-    if analysis.foreign is not None:
-        return _with_its_own(found, analysis)
-    return replace(found, notes=[*found.notes, *_unfused(analysis, record.config if record else MHCConfig())])
+    return analysis, config
 
 
-def _with_its_own(found: Explanation, analysis: Analysis) -> Explanation:
+def with_its_own(found: Explanation, analysis: Analysis) -> Explanation:
     """With the sites of a model that is mHC already. Rewrites the graph: the analysis is used up."""
     matches = list[Matches]()
     before = count_ops(analysis.graph.graph).total()

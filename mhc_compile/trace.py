@@ -39,6 +39,36 @@ def rewritten(model: nn.Module, inputs: Any = None) -> Rewritten:
     return rewrite_captured(model, just_in_time(plain_forward(model), model, args, kwargs))
 
 
+@dataclass(frozen=True)
+class Exported:
+    """What torch.export and the rewrite give for one call of a converted model.
+
+    output: the structure of what the model gives; names: of the positional parameters of its forward; args, kwargs: the
+    call.
+    """
+
+    rewritten: Rewritten
+    output: pytree.TreeSpec
+    names: tuple[str, ...]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def exported(model: nn.Module, inputs: Any = None, dynamic_shapes: Any = None) -> Exported:
+    """Capture a converted model ahead of time for `inputs`, and rewrite it; errors as of `trace`."""
+    state = conversion(model)
+    refuse_sharded(model)
+    args, kwargs = as_call(derive(model) if inputs is None else inputs)
+    plain = without_mhc(model)
+    captured, output = inside(ahead_of_time)(plain, args, kwargs, dynamic_shapes)
+    if output is None:
+        raise CaptureError(f"torch.export gives no output structure for {state.original.__name__}")
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(plain.forward).parameters.values()
+    names = tuple(parameter.name for parameter in parameters if parameter.kind in positional)
+    return Exported(rewrite_captured(model, captured), output, names, tuple(args), dict(kwargs))
+
+
 def rewrite_captured(model: nn.Module, captured: Captured) -> Rewritten:
     """Rewrite a captured call of a converted model's plain forward with the parameters that the model has now."""
     record = conversion(model).record
@@ -140,15 +170,6 @@ def trace(model: nn.Module, inputs: Any = None, *, dynamic_shapes: Any = None) -
     inputs, dynamic_shapes: as for `mhc_compile` and `torch.export.export`. Raises CaptureError when torch.export
     refuses the model, RewriteError when the model is not converted.
     """
-    conversion(model)
-    refuse_sharded(model)
-    args, kwargs = as_call(derive(model) if inputs is None else inputs)
-    plain = without_mhc(model)
-    captured, out_spec = inside(ahead_of_time)(plain, args, kwargs, dynamic_shapes)
-    if out_spec is None:
-        raise CaptureError(f"torch.export gives no output structure for {type(plain).__name__}")
-    result = rewrite_captured(model, captured)
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(plain.forward).parameters.values()
-    names = tuple(parameter.name for parameter in parameters if parameter.kind in positional)
-    return TracedModel(result.graph, result.arguments, out_spec, names, (tuple(args), dict(kwargs)))
+    found = exported(model, inputs, dynamic_shapes)
+    call = found.args, found.kwargs
+    return TracedModel(found.rewritten.graph, found.rewritten.arguments, found.output, found.names, call)

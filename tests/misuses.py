@@ -39,6 +39,7 @@ from mhc_compile import (
     RewriteError,
     ShapeError,
     composite_gains,
+    draw,
     explain,
     export_onnx,
     gain,
@@ -52,6 +53,7 @@ from mhc_compile import (
     restore,
     scale_updates,
     set_iterations,
+    source,
     trace,
     verify,
 )
@@ -1212,6 +1214,21 @@ def observe_of_a_plain_model(_: Path) -> Situation:
 @misuse(TOOLS, RewriteError, "Net is not converted", "a converted model", CONVERT_FIRST)
 def history_of_a_plain_model(_: Path) -> Situation:
     return not_converted(history)
+
+
+@misuse(TOOLS, RewriteError, "Net is not converted", "a converted model", CONVERT_FIRST)
+def source_of_a_plain_model(_: Path) -> Situation:
+    return not_converted(lambda model: source(model, X))
+
+
+@misuse(TOOLS, ConfigError, "the path of the source is 'net.txt'", "a path that ends in .py", "save('rewritten.py')")
+def source_in_another_format(_: Path) -> Situation:
+    return using(called(), lambda model: source(model, X).save("net.txt"))
+
+
+@misuse(TOOLS, ConfigError, "the picture's path is 'net.gif'", ".svg, .png, .pdf", "draw(model, inputs, 'model.svg')")
+def picture_in_another_format(_: Path) -> Situation:
+    return using(called(), lambda model: draw(model, X, "net.gif"))
 
 
 @misuse(TOOLS, ConfigError, "example_inputs is not given", FORMS, "pass what Net.forward takes")

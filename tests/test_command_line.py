@@ -210,6 +210,23 @@ def test_explain_prints_json_and_nothing_else(capsys: pytest.CaptureFixture[str]
     assert found["sites"][0]["features"] == 16 and found["refused"] == []
 
 
+def test_explain_draws(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "explain", "my_models:pair", "--draw", "pair.svg")[0] == 0
+    assert Path("pair.svg").read_text().startswith("<?xml")
+    status, _, err = run(capsys, "explain", "my_models:pair", "--draw", "pair.txt")
+    assert status == 2 and "the picture's path is 'pair.txt'" in err
+
+
+def test_convert_writes_the_source(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "convert", "my_models:pair", "--out", "written", "--source")
+    assert status == 0 and "model.pt, model.py" in out
+    names: dict[str, Any] = {"__file__": "model.py", "__name__": "written"}
+    exec(Path("written/model.py").read_text(), names)
+    again = names["Sequential"]()
+    again.load_state_dict(torch.load("written/model.pt"))
+    assert again(torch.ones(2, 3, 16)).isfinite().all()
+
+
 def test_explain_a_model_type(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "explain", "gpt2", *SETS, "--set", "num_hidden_layers=2")
     assert status == 0

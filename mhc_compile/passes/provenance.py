@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
 from torch import fx
 
 _PACKAGE = Path(__file__).parents[1]
+_TORCH = Path(torch.__file__).parent
 _FRAME = re.compile(
     r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)(?:\n(?!\s*File ")\s*(?P<code>[^\n]*))?'
 )
@@ -22,10 +26,13 @@ _SOURCE_ITEM = re.compile(
 
 def module_path(node: fx.Node) -> str:
     """Path of the innermost module whose forward made the node; '' for the root module."""
-    stack = node.meta.get("nn_module_stack")
+    return _path_of(list((node.meta.get("nn_module_stack") or {}).values()))
+
+
+def _path_of(stack: list[tuple[Any, Any]]) -> str:
     if not stack:
         return ""
-    path = str(list(stack.values())[-1][0]).replace(".__dict__", "")
+    path = str(stack[-1][0]).replace(".__dict__", "")
     path = _MODULES_ITEM.sub(lambda m: "." + (m.group(1) or m.group(2)), _ROOT.sub("", path))
     # export writes repeated calls of one module as `layer@1`
     parts = re.sub(r"@\d+", "", path).split(".")
@@ -51,8 +58,47 @@ def source_line(node: fx.Node) -> str:
     return f"{_short(frame['file'])}:{frame['line']}: {(frame['code'] or '').strip()}"
 
 
+class Frame(NamedTuple):
+    """A line of a program: the last two parts of its file, its number and its text."""
+
+    file: str
+    line: int
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.code}"
+
+
+def calling_frame(node: fx.Node) -> Frame | None:
+    """The innermost line outside of torch's own modules: where a Linear is called, not where it calls F.linear."""
+    return _calling_frame(node.meta.get("stack_trace") or "")
+
+
+@cache
+def _calling_frame(trace: str) -> Frame | None:
+    frames = [
+        frame
+        for frame in _FRAME.finditer(trace)
+        if not _is_ours(frame["file"]) and not Path(frame["file"]).is_relative_to(_TORCH)
+    ]
+    if not frames:
+        return None
+    return Frame(_short(frames[-1]["file"]), int(frames[-1]["line"]), (frames[-1]["code"] or "").strip())
+
+
+def calling_module(node: fx.Node) -> tuple[str, str]:
+    """Path and class name of the innermost module that is none of torch's own; ('', '') for what stands outside."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    for depth in range(len(stack), 0, -1):
+        kind = stack[depth - 1][1]
+        name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+        if not name.startswith("torch."):
+            return _path_of(stack[:depth]), name.rpartition(".")[2]
+    return "", ""
+
+
 def _is_ours(file: str) -> bool:
-    return Path(file).is_relative_to(_PACKAGE)
+    return Path(file).is_relative_to(_PACKAGE) or file.startswith("<eval_with_key>")  # that one is fx's own code
 
 
 def _short(file: str) -> str:
