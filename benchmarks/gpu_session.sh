@@ -13,8 +13,7 @@
 #   tests   tests and memory checks alone
 #
 # The peers come from .peers/peers.tar.xz, where benchmarks/pack_peers.sh puts them; without that file they are reported
-# as missing.  Where commands are run on a lent machine that gets a copy of the working tree: `.peers` in the ignored
-# paths that travel, this as the command, and 600 seconds.  Afterwards copy kernels.json to
+# as missing; it has to travel with the working tree, although git ignores it.  Afterwards copy kernels.json to
 # benchmarks/results/kernels_$NAME.json and run `python -m benchmarks.kernel_table --write`, and train_step.json and
 # fusion.json to benchmarks/results/train_step_$NAME.json and fusion_$NAME.json.
 set -uo pipefail
