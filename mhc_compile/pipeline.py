@@ -24,6 +24,7 @@ from mhc_compile.kernels.devices import fingerprint
 from mhc_compile.partition import Plan
 from mhc_compile.passes import recompute
 from mhc_compile.passes.dry_run import dry_run
+from mhc_compile.passes.eager_replay import replaying
 from mhc_compile.passes.history import run_passes
 from mhc_compile.passes.provenance import source_line
 from mhc_compile.passes.schedules import Schedule
@@ -61,7 +62,7 @@ def pipeline_stages(
     device: where the stages of this process go; by default where the model is. group: the processes of the pipeline.
     tied: `refuse` raises when several stages read one trainable weight; `reduce` gives each of them the weight, and
         sums its gradients at the end of a step, so that the copies stay equal.
-    backend: compiles the stages; by default the model's. Recompute blocks of the plan run where it is not "eager".
+    backend: compiles the stages; by default the model's. All of them replay the recompute blocks of the plan.
     split_backward: `zero-bubble`, `zbv` and `dualpipev` compute input gradients first and weight gradients later, which
         compiled stages cannot do, nor stages in which a weight takes effect at several places; False has them run the
         whole backward at once, in the order of the schedule.
@@ -156,10 +157,10 @@ def _cut(
     traced = trace(model, inputs)
     whole = _whole(known, model, traced, args, kwargs)
     blocks = tuple(plan.blocks)
-    if blocks and backend != "eager":
+    if blocks:
         recompute.tag(whole.graph, blocks)
     target = None if device is None else torch.device(device)
-    stages = _Stages(plan, model, whole, backend, recompute.fingerprint(blocks), target)
+    stages = _Stages(plan, model, whole, backend, blocks, target)
     if stages.tied and tied == "refuse":
         path, (_, readers) = next(iter(stages.tied.items()))
         found = f"read by the stages {', '.join(map(str, readers))}, each of which would train its own copy"
@@ -172,9 +173,15 @@ class _Stages:
     """The graphs of all stages, from which modules are made."""
 
     def __init__(
-        self, plan: Plan, model: nn.Module, whole: _Whole, backend: str, tag: str, device: torch.device | None
+        self,
+        plan: Plan,
+        model: nn.Module,
+        whole: _Whole,
+        backend: str,
+        blocks: recompute.Blocks,
+        device: torch.device | None,
     ) -> None:
-        self.model, self.whole, self.backend, self.tag = model, whole, backend, tag
+        self.model, self.whole, self.backend, self.blocks = model, whole, backend, blocks
         layout = Layout(whole.graph.graph)
         places = [cut.place for cut in matching_cuts(plan, layout)]
         arguments = [whole.state.get(node, node.meta.get("val")) for node in layout.nodes if node.op == "placeholder"]
@@ -200,7 +207,8 @@ class _Stages:
     def module(self, stage: int) -> StageModule:
         """The module of a stage, on its device."""
         graph = self.graphs[stage]
-        run_passes(graph.graph, level_2(self.backend))
+        replays = bool(self.blocks) and self.backend == "eager"
+        run_passes(graph.graph, level_2(self.backend)[: 1 if replays else None])
         unread = () if stage else self._unread()
         made = StageModule(graph, self.model, self.whole.state, self.trained, unread)
         if stage == 0:
@@ -208,7 +216,9 @@ class _Stages:
         if stage == len(self.graphs) - 1:
             made.output = self.whole.call.output
         if self.backend != "eager":
-            made.compile_with(partial(_compiled, self.backend, self.tag))
+            made.prepare_with(partial(_compiled, self.backend, recompute.fingerprint(self.blocks)))
+        elif replays:
+            made.prepare_with(lambda graph, flat: replaying(graph))
         if self.target is not None:
             _move(made, self.target)
         return made

@@ -293,7 +293,6 @@ def check_compiled(folder: Path) -> None:
     known = whole("llama")
     plan = known.plan(2)
     stages = train(known, plan, backend="aot_eager")
-    assert stages[0].module.is_compiled
     stages = pipeline_stages(known.plan(4, "zbv"), known.model, known.inputs, backend="aot_eager")
     with refused("'zbv'", "stages compiled by 'aot_eager'", "split_backward=False"):
         pipeline_schedule(stages, loss_of)

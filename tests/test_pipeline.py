@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from graphs import FAR, float_outputs, fresh, loss_of, randomize, zoo_model
 from mhc_compile import ConfigError, MHCError, PartitionError, RewriteError, ShapeError, mhc_compile
 from mhc_compile.codegen.stage_module import StageModule
 from mhc_compile.partition import Plan, partition
+from mhc_compile.passes import eager_replay
 from mhc_compile.pipeline import pipeline_stages, stage_modules
 
 TESTS = Path(__file__).parent
@@ -276,12 +278,42 @@ def test_compiled_stages_replay_their_blocks(backend: str) -> None:
     """Less is kept for the backward, and the gradients are the same."""
     known, plan = llama(), llama().plan(2)
     assert any(len(block) > 1 for block in plan.blocks)
-    as_they_are, compiled = known.stages(plan), known.stages(plan, backend=backend)
-    assert compiled[0].is_compiled and not as_they_are[0].is_compiled
+    as_they_are, compiled = known.stages(stored(plan)), known.stages(plan, backend=backend)
     known.check(compiled, tolerance=1e-6 if backend == "aot_eager" else 1e-5)
     assert kept(compiled, known) < 0.8 * kept(as_they_are, known)
     with torch.no_grad():
         torch.testing.assert_close(float_outputs(run(compiled, **known.inputs))[0], known.outputs[0].detach())
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_eager_stages_replay_their_blocks(split: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradients have the same bits, also where those of the inputs are asked for before those of the weights."""
+    known, plan = llama(), llama().plan(2)
+    replayed: list[Any] = []
+    unpack = eager_replay._Session.unpack
+
+    def watched(session: Any, held: Any) -> Tensor:
+        replayed.append(held.value)
+        return unpack(session, held)
+
+    monkeypatch.setattr(eager_replay._Session, "unpack", watched)
+    found = []
+    for chosen in (stored(plan), plan):
+        stages = known.stages(chosen)
+        values = [value for value in known.model.parameters() if value.requires_grad]
+        first, *others = (values[:3], values[3:]) if split else (values,)
+        loss = loss_of(float_outputs(run(stages, **known.inputs)))
+        found.append(torch.autograd.grad(loss, first, retain_graph=True, allow_unused=True))
+        for more in others:
+            found[-1] += torch.autograd.grad(loss, more, allow_unused=True)
+        assert any(isinstance(value, eager_replay._Name) for value in replayed) == (chosen is plan)
+    pairs = zip(*found, strict=True)
+    assert all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs) and len(found[0]) > 30
+
+
+def stored(plan: Plan) -> Plan:
+    """The plan without its recompute blocks."""
+    return replace(plan, stages=tuple(replace(stage, blocks=()) for stage in plan.stages))
 
 
 def kept(stages: Sequence[StageModule], known: Known) -> int:

@@ -103,8 +103,8 @@ class StageModule(nn.Module):
         self.output: pytree.TreeSpec | None = None  # of the last
         self.training = model.training
         self._held = [stage.graph]  # in a list: its constants are no part of the state
-        self._compile: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]] | None = None
-        self._compiled: dict[bool, Callable[..., Any]] = {}
+        self._prepare: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]] | None = None
+        self._prepared: dict[bool, Callable[..., Any]] = {}
         held = {id(value): value for value in [*(state[node] for node in stage.state), *unread]}
         slots: dict[int, tuple[nn.Module, str]] = {}
         for name, key, saved in state_names(model):  # in the order of the model, which is then that of the stage
@@ -121,14 +121,12 @@ class StageModule(nn.Module):
         """What the stage runs: its inputs, then the parameters and buffers that it reads."""
         return self._held[0]
 
-    @property
-    def is_compiled(self) -> bool:
-        """The graph is compiled at the first call."""
-        return self._compile is not None
+    def prepare_with(self, prepare: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]) -> None:
+        """Have the first call make what runs from the graph, once with and once without gradients.
 
-    def compile_with(self, compiler: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]) -> None:
-        """Compile the graph at the first call, once with and once without gradients."""
-        self._compile = compiler
+        That compiles the graph, or has it replay its recompute blocks.
+        """
+        self._prepare = prepare
 
     def _hold(self, model: nn.Module, path: str, value: Tensor, persistent: bool) -> tuple[nn.Module, str]:
         """Register a tensor of the model under its own path; gives the module that has it, and its name there."""
@@ -167,14 +165,14 @@ class StageModule(nn.Module):
         return tuple(_own(value, taken) for value in values)
 
     def _run(self, flat: list[Any]) -> Sequence[Any]:
-        if self._compile is None:
+        if self._prepare is None:
             outputs: Sequence[Any] = self.graph(*flat)
             return outputs
         key = torch.is_grad_enabled()
-        if key not in self._compiled:
+        if key not in self._prepared:
             leaves = [value if value.is_leaf else value.detach().requires_grad_() for value in flat]
-            self._compiled[key] = self._compile(copy_graph(self.graph), leaves)
-        return self._compiled[key](*flat)  # type: ignore[no-any-return]
+            self._prepared[key] = self._prepare(copy_graph(self.graph), leaves)
+        return self._prepared[key](*flat)  # type: ignore[no-any-return]
 
     def _check_trained(self, values: Sequence[Tensor]) -> None:
         """A gradient that no stage expects would be lost in silence."""

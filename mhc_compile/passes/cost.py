@@ -392,7 +392,7 @@ class _KeptBytes:
         lower(lowered)
         for site, other in zip(self.model.sites, Layout(lowered.graph).sites, strict=True):
             if other.read.target is mhc.read.default and site.read in self.model.run.trained:
-                _, pre, post, res, _, z, r = other.read.meta["val"]
+                _, pre, post, res, *_, z, r = other.read.meta["val"]
                 self.kept[self._place(site.read)] += sum(map(tensor_bytes, (pre, post, res, z, r)))
                 found.add(site.read)
         return found
