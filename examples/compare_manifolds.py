@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mhc_compile import composite_gains, mhc_compile, observe, param_groups
 from mhc_compile.constraints import CONSTRAINTS
-from mhc_compile.monitor import Gain
+from mhc_compile.gains import Gain
 
 matplotlib.use("Agg")
 from matplotlib import pyplot, ticker
