@@ -88,10 +88,11 @@ def widened(captured: Captured) -> tuple[fx.GraphModule, tuple[Any, ...]]:
     """A copy on n streams, level 1, and its arguments."""
     graph = copy_graph(captured.graph)
     analysis = analyze(graph)
-    look_up, names = bind_parameters(graph, analysis.sites, N)
+    config = MHCConfig(n=N)
+    look_up, names = bind_parameters(graph, analysis.sites, config)
     added = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")][len(captured.arguments) :]
     assert len(added) == len(names)
-    rewrite(analysis, MHCConfig(n=N), look_up)
+    rewrite(analysis, config, look_up)
     return graph, (*captured.arguments, *(torch.empty_like(one, device="meta").requires_grad_() for one in added))
 
 

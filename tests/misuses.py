@@ -1440,7 +1440,7 @@ def memory_that_is_no_size(_: Path) -> Situation:
     return planning(memory="plenty")
 
 
-@misuse(STAGES, PartitionError, "memory is 0.977 KiB", "at least 9.62 KiB", "pass memory=9856")
+@misuse(STAGES, PartitionError, "memory is 0.977 KiB", "at least 10.2 KiB", "pass memory=10432")
 def memory_that_nothing_fits(_: Path) -> Situation:
     return planning(memory=1000)
 
