@@ -152,8 +152,8 @@ def test_streams_alone_cross_where_nothing_else_has_to() -> None:
 
 
 def test_sites_of_a_stage_are_fused() -> None:
-    """Within a stage, each merge but the last makes the product of the next site."""
-    for stage in llama().stages(llama_plan()):
+    """Within a stage that stores everything, each merge but the last makes the product of the next site."""
+    for stage in llama().stages(stored(llama_plan())):
         ops = [node.target for node in stage.graph.graph.nodes]
         reads, both = ops.count(mhc.read.default), ops.count(mhc.merge_read.default)
         assert reads == 1 and both >= 1

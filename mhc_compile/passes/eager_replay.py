@@ -167,7 +167,7 @@ class _Session:
                 if isinstance(held.value, Tensor) and _identity(held.value) == _identity(value):
                     held.value = self._asked_for(node, held.value)
             device = value.device.type
-            if torch.is_autocast_enabled(device):
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
                 self._autocast[node] = device, torch.get_autocast_dtype(device)
         self._fresh.clear()
 
