@@ -216,7 +216,7 @@ def test_training_is_bitwise_the_same(backend: str, replay: int | None) -> None:
     assert watched.calls == plain.calls == 3
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_inductor_training_is_bitwise_the_same() -> None:
     watched, plain = (stack("inductor", depth=1) for _ in range(2))
     with Monitor(watched, every=2) as monitor:

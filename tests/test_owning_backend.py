@@ -44,7 +44,7 @@ def test_the_function_is_kept_at_step_0(name: str, inner: str) -> None:
     assert_same(expected, result_of(lambda: fast(**inputs), own_parameters(model)), outputs=1e-5, gradients=1e-4)
 
 
-@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.sweep)])
 def test_it_computes_what_a_converted_model_does(inner: str) -> None:
     model, fast, backend, inputs = compiled("gpt2", backend=inner)
     randomize_parameters(backend.parameters())

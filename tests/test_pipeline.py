@@ -123,7 +123,7 @@ QUICK = ("llama", "gpt2", "t5", "vit")
 SLOWER = ("bert", "albert", "gemma2", "mamba")  # of the zoo, those whose trunks are of other kinds
 
 
-@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOWER)])
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.sweep) for name in SLOWER)])
 def test_the_stages_are_the_whole_model(name: str) -> None:
     """Its outputs, its gradients, and its state, with its names."""
     known = known_model(name) if name in QUICK else Known(name)
@@ -273,7 +273,7 @@ def test_stages_draw_the_dropout_of_the_whole_model() -> None:
         assert not torch.equal(float_outputs(run(stages, **inputs))[0], found[0][0]), "nothing is drawn"
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.sweep)])
 def test_compiled_stages_replay_their_blocks(backend: str) -> None:
     """Less is kept for the backward, and the gradients are the same."""
     known, plan = llama(), llama().plan(2)

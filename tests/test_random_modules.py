@@ -17,7 +17,7 @@ REGRESSIONS = {
 
 
 @settings(
-    max_examples=150,
+    max_examples=80,
     deadline=None,  # a capture takes a third of a second, the first one several
     derandomize=True,  # the same modules in every run; benchmarks/random_modules.py goes further afield
     suppress_health_check=[HealthCheck.too_slow],

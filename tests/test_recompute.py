@@ -158,7 +158,8 @@ def test_a_chain_keeps_what_is_predicted_and_its_gradients_are_the_same_bits(len
     assert merges == SITES - len(blocks)  # all states but those kept, and the one that nothing needs
 
 
-@pytest.mark.parametrize("length", [3, *(pytest.param(one, marks=pytest.mark.slow) for one in (8, ODD))])
+@pytest.mark.sweep
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 8, ODD])
 def test_a_chain_of_61_sites_keeps_what_is_predicted(length: int) -> None:
     """An odd number, which most lengths do not divide: the last block is shorter."""
     made = graph_of("odd chain")

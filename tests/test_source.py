@@ -70,7 +70,8 @@ def converted(model: nn.Module, inputs: Any, n: int = 4) -> nn.Module:
         mhc_compile(model, n, backend="eager", example_inputs=inputs)
         if n > 1:
             randomize(model)
-            assert float((first_output(lambda: call(model, inputs)) - plain).abs().max()) > FAR
+            far = (first_output(lambda: call(model, inputs)) - plain).abs().max()
+            assert float(far) > FAR * float(plain.abs().max())
     return model
 
 
@@ -146,7 +147,7 @@ def test_written_models_have_the_bits_of_their_graphs_in_a_new_process(tmp_path:
     assert "with torch.autocast(" in made["autocast_off_3"].code
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("n", [1, 4])
 def test_every_zoo_model_has_the_bits_of_its_graph(n: int, tmp_path: Path) -> None:
     names = [(name, n) for name, *_ in zoo.ZOO]
