@@ -9,7 +9,7 @@ import functools
 import itertools
 import logging
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
@@ -240,7 +240,7 @@ def compile_settings() -> Any:
     its fragments would widen and read out a part of a trunk by itself.
     """
     return torch._dynamo.config.patch(
-        {"recompile_limit": 64, "optimize_ddp": False, _IGNORED_LOGGING: _logging_functions()}
+        {"recompile_limit": 64, "optimize_ddp": False, _IGNORED_LOGGING: _LoggingMethods()}
     )
 
 
@@ -318,17 +318,26 @@ def gradients_inside_op(
             _dispatch_tls_set_dispatch_key_excluded(key, excluded)
 
 
-def _logging_functions() -> set[Any]:
-    """The methods of Logger that log, those that libraries add to it (`warning_once`) included."""
-    verbs = ("debug", "info", "warn", "error", "critical", "exception", "log")
-    return {method for name, method in vars(logging.Logger).items() if name.startswith(verbs) and callable(method)}
+class _LoggingMethods(dict[Any, None]):
+    """The methods of Logger that log, those that libraries add to it (`warning_once`) included.
+
+    A mapping that holds nothing itself: torch 2.11 writes its settings as JSON into its own log, where methods have no
+    form, and would print an error with every compilation.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        verbs = ("debug", "info", "warn", "error", "critical", "exception", "log")
+        methods = vars(logging.Logger).items()
+        return (method for name, method in methods if name.startswith(verbs) and callable(method))
+
+    def __contains__(self, method: object) -> bool:
+        return any(method is each for each in self)
 
 
-_IGNORED_LOGGING = (  # renamed after torch 2.11
+_IGNORED_LOGGING = (  # renamed in some version
     "ignore_logging_functions" if hasattr(torch._dynamo.config, "ignore_logging_functions") else "ignore_logger_methods"
 )
-for _helper in (compile_settings, _logging_functions):
-    skip_code(_helper.__code__)
+skip_code(compile_settings.__code__)
 
 
 def record_opaque(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from mhc_compile import (
 )
 from zoo import ZOO
 
+logger = logging.getLogger(__name__)
 X = torch.linspace(-2, 2, 64).reshape(4, 16)
 
 
@@ -193,6 +195,30 @@ def test_one_stream_has_no_coefficients_to_observe() -> None:
     with pytest.raises(ConfigError, match="n is 1"):
         observe(model, X)
     assert verify(model, X)
+
+
+class Logs(nn.Module):
+    """Writes to a log within the forward, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            logger.info("a block")
+            x = block(x)
+        logger.warning("done")
+        return x
+
+
+def test_log_messages_inside_the_forward_are_left_out_and_torch_logs_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    model = Logs()
+    expected = model(X)
+    caplog.clear()
+    mhc_compile(model, n=2, backend="eager", example_inputs=X)
+    torch.testing.assert_close(model(X), expected)
+    assert [record.getMessage() for record in caplog.records] == []
 
 
 def test_wrong_arguments_are_not_called_a_graph_break() -> None:
