@@ -16,7 +16,7 @@ from torch import nn
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # for the folder `benchmarks`
 
-from benchmarks import fusion, simulated_scale, train_step, turns  # noqa: E402
+from benchmarks import fusion, priority_merge, simulated_scale, train_step, turns  # noqa: E402
 from benchmarks.mixture import Mixture  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -90,9 +90,32 @@ def test_nothing_starts_behind_the_deadline() -> None:
     }
 
 
+def test_merges_of_high_priority(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    priority_merge.main(["--dry", "--rounds", "1", "--out", str(out)])
+    saved = json.loads(out.read_text())
+    kinds = "nothing", "products", "copies"
+    ops = "merge", "merge and read", "backward of a merge"
+    assert saved["latencies"].keys() == {f"{op}, beside {kind}" for op in ops for kind in kinds}
+    assert saved["steps"].keys() == {f"beside {kind}" for kind in kinds}
+    for row in [*saved["latencies"].values(), *saved["steps"].values()]:
+        assert row.keys() == {"usual", "high priority", "ratio"} and row["ratio"] > 0  # no reason: nothing failed
+
+
+def test_merges_of_high_priority_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = {"merge": lambda high: [torch.ones(1) * (2 if high else 1)]}
+    monkeypatch.setattr(priority_merge, "merges", lambda setting: ops)
+    results = priority_merge.Results()
+    priority_merge.latencies(priority_merge.DRY, 1, results)
+    assert results.data["latencies"] == {"merge": {"reason": "the two ways give other bits"}}
+
+
 def test_a_gpu_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
+    with pytest.raises(SystemExit):
+        priority_merge.main([])
+    assert "no CUDA device: --dry" in capsys.readouterr().err
     for words, message in (([], "no CUDA device: --dry"), (["--dry", "--cases", "x"], "--cases x: legal are plain")):
         with pytest.raises(SystemExit):
             train_step.main(words)
