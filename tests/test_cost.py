@@ -142,7 +142,7 @@ def test_a_time_is_that_of_the_slower_of_work_and_traffic() -> None:
         assert op.seconds == pytest.approx(op.bytes / 1e6)
         assert by_work.nodes[node].seconds == pytest.approx(op.flops / 1e6)  # float32: half the rate
     unit = by_work.units[-1]
-    assert unit.boundary is not None and unit.send == pytest.approx(2 * unit.boundary / 1e3)
+    assert unit.boundary is not None and unit.send == pytest.approx(unit.boundary / 1e3)
     assert 0 < by_traffic.units[1].replay < by_traffic.seconds[1][0]
 
 

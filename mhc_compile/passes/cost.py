@@ -229,7 +229,7 @@ class CostModel:
             together=kept.coefficients[number] + (0 if self.compiled else kept.branch[number]),
             alone=working + (kept.branch[number] if self.compiled else 0),
             boundary=cut.bytes if cut is not None else None,
-            send=2 * cut.bytes / self.device.link if cut is not None else 0.0,
+            send=cut.bytes / self.device.link if cut is not None else 0.0,
             again=kept.again[number],
             waiting=sum(bytes_of(node) for node in self._nodes_of(number) if self._has_weight_gradient(node)),
         )
