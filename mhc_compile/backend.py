@@ -107,7 +107,7 @@ def compile_rewritten(
     """Compile a graph of level-1 ops, which are first tagged for recomputation and brought to `level`."""
     blocks: Blocks = ()
     if recompute is not None and torch.is_grad_enabled():
-        blocks = recompute.blocks(graph, example_inputs)
+        blocks = recompute.blocks(graph, example_inputs, compiled=backend != "eager")
         history += run_passes(graph, [Pass("recompute", True, partial(tag, blocks=blocks))])
     replays = bool(blocks) and backend == "eager"
     if level == 2 or replays:

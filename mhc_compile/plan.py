@@ -45,8 +45,9 @@ class PlannedStage:
     """A pipeline stage: its device, its units, `start` to `end` (not included), and how it runs.
 
     blocks: the first unit of each recompute block; none when the stage stores everything.
-    seconds: of one microbatch, with replay, and with transfers where its device waits for them; peak: bytes of its device, weights included; weights: of
-    this stage, with gradients and optimizer states; in_flight: the most microbatches whose values it keeps.
+    seconds: of one microbatch, with replay, and with transfers where its device waits for them; peak: bytes of its
+    device, weights included; weights: of this stage, with gradients and optimizer states; in_flight: the most
+    microbatches whose values it keeps.
     """
 
     device: int

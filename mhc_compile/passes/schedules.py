@@ -4,11 +4,11 @@ A device runs forwards `F` and backwards `B` of its stages, or where a schedule 
 and weight gradients `W`. What a microbatch keeps in a stage is freed by its `B` or `W`. GPipe and 1F1B have a stage a
 device; the orders of the others are those of `torch.distributed.pipelining`, which runs them.
 
-What a stage sends, its device does not wait for. What it receives, the device of a gpipe or 1f1b stage does: torch posts
-the receive in front of the action that needs it, behind the one before, and so the transfer begins when both sides are
-done with what they did before, and takes its time of the receiver (in 1f1b of both, which send and receive at once). The
-schedules of several stages a device post receives ahead, as soon as their order knows of the send: there a transfer
-delays its own input alone, and runs beside other work.
+What a stage sends, its device does not wait for. What it receives, the device of a gpipe or 1f1b stage does: torch
+posts the receive in front of the action that needs it, behind the one before. So the transfer begins when both sides
+are done with what they did before, and takes its time of the receiver (in 1f1b of both, which send and receive at
+once). The schedules of several stages a device post receives ahead, as soon as their order knows of the send: there a
+transfer delays its own input alone, and runs beside other work.
 """
 
 from __future__ import annotations
