@@ -107,8 +107,9 @@ def convert_for_call(
 def recompute(model: nn.Module, choice: Any) -> nn.Module:
     """Let the backward of a converted model replay its mHC ops from a few states, in place, and give the model back.
 
-    choice: `"auto"` (the blocks of sites that take least memory), the number of sites of a block, a plan of
-    `partition(model, ...)`, or None: everything is stored. Values and gradients are the same bit for bit, except under
+    choice: `"auto"` (the blocks of sites that take least memory under the model's backend; to find them takes a trace
+    of the backward, but for "eager"), the number of sites of a block, a plan of `partition(model, ...)`, or None:
+    everything is stored. Values and gradients are the same bit for bit, except under
     inductor, which fuses otherwise. What a branch computes is never computed again. Applies from the next compilation
     on, that is, from the next call. The backends "aot_eager" and "inductor" leave the rest to torch's min-cut
     partitioner; "eager" replays by hooks on what autograd saves.
