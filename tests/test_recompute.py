@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from graphs import float_outputs, loss_of, randomize, randomize_parameters, zoo_model
 from mhc_compile import Backend, ConfigError, RewriteError, history, mhc_compile
 from mhc_compile.convert import recompute
-from mhc_compile.partition import Pipeline, cost_model, partition, planned
+from mhc_compile.partition import Pipeline, cost_model, planned
 from mhc_compile.passes.cost import CostModel
 from mhc_compile.passes.emit import copy_graph
 from mhc_compile.passes.fuse import fuse
