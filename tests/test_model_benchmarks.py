@@ -231,8 +231,8 @@ def test_a_simulated_pipeline() -> None:
     assert 0 < replayed["overhead_within"] < replayed["overhead"]
     assert max(replayed["peak_bytes"]) < max(stored["peak_bytes"])
     assert sum(map(sum, replayed["blocks"])) == 8 and not any(stored["blocks"])
-    # bytes of a site's forward and backward, in units of C: 14 + 24 as it is compiled, with 4 and 4 more for the ends of
-    # the chain of 8, and 18 + 39 op by op
+    # bytes of a site's forward and backward, in units of C: 14 + 24 as it is compiled, with 4 and 4 more for the ends
+    # of the chain of 8, and 18 + 39 op by op
     unit = 128 * 512 * 2
     for kind, units in (("mHC", 39), ("mHC, an op a term", 57)):
         ops = [op for op in costs[kind].nodes.values() if op.op.startswith("mhc.") and op.site]
