@@ -9,13 +9,14 @@
 #
 #   first   compile; a site at the headline shapes; tests; memory checks; every op there; other shapes, if time is left
 #   rest    go on with the measurements of $OUT/kernels.json or benchmarks/results/kernels_$NAME.json where they ended
-#   steps   whole models: training steps of 1B parameters (train_step.json), and models that are mHC (fusion.json)
+#   steps   merges on a stream of high priority (priority_merge.json), then whole models: training steps of 1B parameters
+#           (train_step.json), and models that are mHC (fusion.json)
 #   tests   tests and memory checks alone
 #
 # The peers come from .peers/peers.tar.xz, where benchmarks/pack_peers.sh puts them; without that file they are reported
 # as missing; it has to travel with the working tree, although git ignores it.  Afterwards copy kernels.json to
-# benchmarks/results/kernels_$NAME.json and run `python -m benchmarks.kernel_table --write`, and train_step.json and
-# fusion.json to benchmarks/results/train_step_$NAME.json and fusion_$NAME.json.
+# benchmarks/results/kernels_$NAME.json and run `python -m benchmarks.kernel_table --write`, and the other results to
+# benchmarks/results/priority_merge_$NAME.json, train_step_$NAME.json and fusion_$NAME.json.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-first}
@@ -121,7 +122,10 @@ rest)
     ;;
 steps)
     # What follows from time and memory first; a model of transformers is named as missing where the package is.
-    within 400 python3 -m benchmarks.train_step --seconds 330 --out "$OUT/train_step.json" 2>&1 |
+    within 70 python3 -m benchmarks.priority_merge --seconds 50 --out "$OUT/priority_merge.json" 2>&1 |
+        tee "$OUT/priority_merge.log"
+    say "merges of high priority (exit code ${PIPESTATUS[0]})"
+    within 350 python3 -m benchmarks.train_step --seconds 290 --out "$OUT/train_step.json" 2>&1 |
         tee "$OUT/train_step.log"
     say "training steps (exit code ${PIPESTATUS[0]})"
     within "$(left)" python3 -m benchmarks.fusion --seconds $(($(left) - 60)) --out "$OUT/fusion.json" \

@@ -3,7 +3,15 @@
 from mhc_compile.checkpoint import load
 from mhc_compile.clipping import AdaptiveClip
 from mhc_compile.config import MHCConfig
-from mhc_compile.convert import history, mhc_compile, param_groups, recompute, restore, set_iterations
+from mhc_compile.convert import (
+    high_priority_merges,
+    history,
+    mhc_compile,
+    param_groups,
+    recompute,
+    restore,
+    set_iterations,
+)
 from mhc_compile.draw import draw
 from mhc_compile.errors import (
     CaptureError,
@@ -53,6 +61,7 @@ __all__ = [
     "explain",
     "export_onnx",
     "gain",
+    "high_priority_merges",
     "history",
     "load",
     "mhc_compile",

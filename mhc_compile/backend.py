@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
@@ -26,6 +26,7 @@ from mhc_compile.passes.lower import lower
 from mhc_compile.passes.match import match_passes
 from mhc_compile.passes.match_report import Matches
 from mhc_compile.passes.op_kinds import aten
+from mhc_compile.passes.prioritize import prioritize
 from mhc_compile.passes.provenance import module_path
 from mhc_compile.passes.recompute import Blocks, tag
 from mhc_compile.passes.recompute import fingerprint as blocks_fingerprint
@@ -36,10 +37,15 @@ from mhc_compile.record import Record
 ANCHOR = torch.ops.mhc.anchor.default
 
 
-def level_2(backend: str) -> list[Pass]:
-    """The passes to fused ops, of what is compiled; graphs that are looked at or exported stay on level 1."""
+def level_2(backend: str, *, across_sites: bool = True, high_priority: Set[str] = frozenset()) -> list[Pass]:
+    """The passes to fused ops, of what is compiled; graphs that are looked at or exported stay on level 1.
+
+    across_sites: a merge becomes one op with the read behind it. high_priority: the sites whose merges are launched so.
+    """
     compiled = backend == "inductor"  # who has asked for its compilations has its first calls take seconds anyway
-    return [Pass("lower", False, partial(lower, compiled=compiled)), Pass("fuse", False, fuse)]
+    first = [Pass("prioritize", True, partial(prioritize, sites=high_priority))] if high_priority else []
+    last = [Pass("fuse", False, fuse)] if across_sites else []
+    return [*first, Pass("lower", False, partial(lower, compiled=compiled)), *last]
 
 
 @dataclass
@@ -48,7 +54,7 @@ class ConvertingBackend:
 
     record: of the conversion; parameters: the names (`site.phi`, ...) of what its anchor lists, in order. Keeps the
     pass records of every compilation in `history`. level: of the ops that are compiled, 1 or 2 (where they fit).
-    recompute: which sites the backward replays; None stores all.
+    recompute: which sites the backward replays; None stores all. high_priority: the sites whose merges are launched so.
     """
 
     record: Record
@@ -56,6 +62,7 @@ class ConvertingBackend:
     history: list[PassRecord] = field(default_factory=list)
     level: int = 2
     recompute: Recompute | None = None
+    high_priority: Set[str] = frozenset()
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Dynamo's backend interface."""
@@ -63,7 +70,8 @@ class ConvertingBackend:
         self.history.extend(self.rewrite(graph))
         if config.n == 1:
             return _torch.compile_graph(config.backend, graph, example_inputs, fingerprint())
-        return compile_rewritten(graph, example_inputs, config.backend, self.history, self.recompute, self.level)
+        options = self.recompute, self.level, self.high_priority
+        return compile_rewritten(graph, example_inputs, config.backend, self.history, *options)
 
     def rewrite(self, graph: fx.GraphModule) -> list[PassRecord]:
         """Widen the trunks of a normalised graph, in place, with the parameters its anchor lists; level-1 ops."""
@@ -94,16 +102,17 @@ def compile_rewritten(
     history: list[PassRecord],
     recompute: Recompute | None,
     level: int = 2,
+    high_priority: Set[str] = frozenset(),
 ) -> Callable[..., Any]:
     """Compile a graph of level-1 ops, which are first tagged for recomputation and brought to `level`."""
     blocks: Blocks = ()
     if recompute is not None and torch.is_grad_enabled():
-        blocks = recompute.blocks(graph, example_inputs)
+        blocks = recompute.blocks(graph, example_inputs, compiled=backend != "eager")
         history += run_passes(graph, [Pass("recompute", True, partial(tag, blocks=blocks))])
     replays = bool(blocks) and backend == "eager"
     if level == 2 or replays:
         # What replays without a compiler does so op by op: a merge is not made again for the sake of a read.
-        history += run_passes(graph, level_2(backend)[: 1 if replays else None])
+        history += run_passes(graph, level_2(backend, across_sites=not replays, high_priority=high_priority))
     if replays:
         return replaying(graph)
     told_apart = fingerprint() + blocks_fingerprint(blocks)  # the caches' keys do not see tags

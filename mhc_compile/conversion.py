@@ -80,6 +80,7 @@ class Conversion:
 
     def __init__(self, original: type[nn.Module], record: Record, recompute: Recompute | None = None) -> None:
         self.original, self.record, self.recompute = original, record, recompute
+        self.high_priority: frozenset[str] = frozenset()  # the sites whose merges are launched so
         self.history: list[PassRecord] = []
         self.observers: list[Observer] = []
         self._compiled: dict[str, Callable[..., Any]] = {}  # by the path of the part; '' is the whole model
@@ -88,12 +89,14 @@ class Conversion:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles compile anew; the record goes with its version."""
-        return {"original": self.original, "record": self.record.as_dict(), "recompute": self.recompute}
+        kept = {"recompute": self.recompute, "high_priority": self.high_priority}
+        return {"original": self.original, "record": self.record.as_dict(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Raises ConfigError for a record that this version does not know."""
         record = Record.from_dict(state["record"])
         self.__init__(state["original"], record, state.get("recompute"))  # type: ignore[misc]
+        self.high_priority = state.get("high_priority", frozenset())
 
     def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], part: str = "") -> Any:
         """The converted forward of the model, or of the part at this path."""
@@ -195,7 +198,8 @@ class Conversion:
 
         def converting(record: Record, names: list[str]) -> ConvertingBackend:
             config = replace(record.config, backend=backend)
-            return ConvertingBackend(replace(record, config=config), names, self.history, level, self.recompute)
+            options = level, self.recompute, self.high_priority
+            return ConvertingBackend(replace(record, config=config), names, self.history, *options)
 
         return self.compiled_by(converting, model, part)
 

@@ -34,7 +34,7 @@ from mhc_compile.passes.rewrite import Analysis, analyze, leave_plain
 from mhc_compile.passes.select import NO_GRAD
 from mhc_compile.passes.trunks import Site
 from mhc_compile.record import Record, SiteRecord, unique
-from mhc_compile.site_choice import Choice, Constraints, left_plain, own_constraints
+from mhc_compile.site_choice import Choice, Constraints, chosen, left_plain, own_constraints
 
 
 def mhc_compile(
@@ -107,8 +107,9 @@ def convert_for_call(
 def recompute(model: nn.Module, choice: Any) -> nn.Module:
     """Let the backward of a converted model replay its mHC ops from a few states, in place, and give the model back.
 
-    choice: `"auto"` (the blocks of sites that take least memory), the number of sites of a block, a plan of
-    `partition(model, ...)`, or None: everything is stored. Values and gradients are the same bit for bit, except under
+    choice: `"auto"` (the blocks of sites that take least memory under the model's backend; to find them takes a trace
+    of the backward, but for "eager"), the number of sites of a block, a plan of `partition(model, ...)`, or None:
+    everything is stored. Values and gradients are the same bit for bit, except under
     inductor, which fuses otherwise. What a branch computes is never computed again. Applies from the next compilation
     on, that is, from the next call. The backends "aot_eager" and "inductor" leave the rest to torch's min-cut
     partitioner; "eager" replays by hooks on what autograd saves.
@@ -118,6 +119,36 @@ def recompute(model: nn.Module, choice: Any) -> nn.Module:
     state.recompute = replay
     state.forget_compiled()
     return model
+
+
+def high_priority_merges(model: nn.Module, sites: Choice | None) -> nn.Module:
+    """Launch the merges of some sites of a converted model on a CUDA stream of high priority, and give the model back.
+
+    The paper runs the merges of MLP sites so (arXiv 2512.24880, section 4.3), for pipelines whose communication runs
+    beside the computation: a merge is then not queued behind the long kernels of another stream.
+    sites: a pattern of `fnmatch` for site or module names (`"*.mlp"`), several, or a function of a SiteRecord, as for
+    `mhc_compile(only=)`; None: no site any more. Covers what Triton kernels launch of the merge, forward and backward,
+    and where it is fused with the read behind it (or its backward) that part too; not the merges that a backward
+    replays, nor what runs in plain torch (float64, more than 16 streams). The rest of the model waits for each merge,
+    so values and gradients are the same bits. Applies from the next call on, and to the stages of `pipeline_stages`.
+    Raises ConfigError for another choice and for a model that is not on a CUDA device, RewriteError for a model that
+    is not converted.
+    """
+    state = conversion(model)
+    found = set() if sites is None else chosen("sites", sites, state.record.sites)
+    if found:
+        check_has_streams(next(model.parameters()).device)
+    state.high_priority = frozenset(found)
+    state.forget_compiled()
+    return model
+
+
+def check_has_streams(device: torch.device) -> None:
+    """Raise ConfigError for a device whose kernels do not run on CUDA streams."""
+    if device.type != "cuda":
+        legal = "a CUDA device, whose streams have priorities"
+        step = "move it first, model.to('cuda'), or leave the option out: elsewhere ops run one after the other"
+        raise ConfigError(wrong("the device of high-priority merges", device, legal, step))
 
 
 def set_iterations(model: nn.Module, iterations: int) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -147,13 +147,14 @@ def _search(
 ) -> tuple[list[FoundStage], list[int]]:
     """The best stages, and the bytes of each one's weights; PartitionError when none fit the limit."""
     fixed, tied = costs.weights(copies)
-    search = Search(costs.units, loads(schedule), limit, fixed, tied)
+    units = costs.units if schedule.waits else [replace(unit, send=0.0) for unit in costs.units]
+    search = Search(units, loads(schedule), limit, fixed, tied)
     if schedule.devices == schedule.stages:
         found = search.run()
         if found is None:
             raise PartitionError(_no_fit(limit or 0, search.least_memory(), ""))
     else:
-        cuts = Search(costs.units, loads(schedule), None, fixed, tied).run()
+        cuts = Search(units, loads(schedule), None, fixed, tied).run()
         assert cuts is not None  # there is no limit
         found, least = shared(search, schedule, cuts)
         if limit is not None and limit < least:

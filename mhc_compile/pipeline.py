@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -18,6 +18,7 @@ from mhc_compile.backend import level_2
 from mhc_compile.codegen.stage_graphs import split
 from mhc_compile.codegen.stage_module import Call, StageModule, leaves, state_names
 from mhc_compile.conversion import Conversion, conversion
+from mhc_compile.convert import check_has_streams
 from mhc_compile.errors import ConfigError, PartitionError, wrong
 from mhc_compile.example_inputs import as_call, derive
 from mhc_compile.kernels.devices import fingerprint
@@ -30,6 +31,7 @@ from mhc_compile.passes.provenance import source_line
 from mhc_compile.passes.schedules import Schedule
 from mhc_compile.passes.stages import Cut, Layout
 from mhc_compile.sharding import is_distributed
+from mhc_compile.site_choice import Choice, chosen
 from mhc_compile.trace import TracedModel, trace
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ def pipeline_stages(
     tied: str = "refuse",
     backend: str | None = None,
     split_backward: bool = True,
+    high_priority_merges: Choice | None = None,
 ) -> list[Stage]:
     """The stages of a plan that this process runs, for torch's schedules (`pipeline_schedule` builds one).
 
@@ -66,6 +69,8 @@ def pipeline_stages(
     split_backward: `zero-bubble`, `zbv` and `dualpipev` compute input gradients first and weight gradients later, which
         compiled stages cannot do, nor stages in which a weight takes effect at several places; False has them run the
         whole backward at once, in the order of the schedule.
+    high_priority_merges: the sites whose merges run on a CUDA stream of high priority, so that they do not queue behind
+        communication: see the function of that name. By default those that were chosen for the model.
 
     Raises PartitionError for a plan of another model, for tied weights, for processes and stages that do not go
     together, and without a process group; ConfigError for an illegal argument.
@@ -78,6 +83,9 @@ def pipeline_stages(
     rank, size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
     order = Schedule.of(schedule or plan.schedule, len(plan.stages), size, plan.microbatches)
     cut = _cut(plan, model, inputs, device=device, tied=tied, backend=backend)
+    if high_priority_merges is not None:
+        check_has_streams(cut.device)
+        cut.high_priority = chosen("high_priority_merges", high_priority_merges, conversion(model).record.sites)
     local = [stage for stage in range(order.stages) if order.device(stage) == rank]
     held = {path: value for path, (value, readers) in cut.tied.items() if not set(readers).isdisjoint(local)}
     holders = {path: sorted({order.device(stage) for stage in cut.tied[path][1]}) for path in held}
@@ -189,6 +197,7 @@ class _Stages:
         if device is not None:
             _put_on(whole.graph, {value.device for value in whole.state.values()}, device)
         self.graphs = split(whole.graph, places, self.trained)
+        self.high_priority: Set[str] = conversion(model).high_priority
         self.target = device
         known = next((value.device for value in whole.state.values()), torch.device("cpu"))
         self.device = known if device is None else device
@@ -208,7 +217,7 @@ class _Stages:
         """The module of a stage, on its device."""
         graph = self.graphs[stage]
         replays = bool(self.blocks) and self.backend == "eager"
-        run_passes(graph.graph, level_2(self.backend)[: 1 if replays else None])
+        run_passes(graph.graph, level_2(self.backend, across_sites=not replays, high_priority=self.high_priority))
         unread = () if stage else self._unread()
         made = StageModule(graph, self.model, self.whole.state, self.trained, unread)
         if stage == 0:

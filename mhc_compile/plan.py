@@ -45,8 +45,9 @@ class PlannedStage:
     """A pipeline stage: its device, its units, `start` to `end` (not included), and how it runs.
 
     blocks: the first unit of each recompute block; none when the stage stores everything.
-    seconds: of one microbatch, replay and transfers included; peak: bytes of its device, weights included; weights: of
-    this stage, with gradients and optimizer states; in_flight: the most microbatches whose values it keeps.
+    seconds: of one microbatch, with replay, and with transfers where its device waits for them; peak: bytes of its
+    device, weights included; weights: of this stage, with gradients and optimizer states; in_flight: the most
+    microbatches whose values it keeps.
     """
 
     device: int
@@ -130,7 +131,7 @@ class Plan:
             replay = sum(unit.cost.replay for unit in units) * (1 + split) if stage.blocks else 0.0
             forward.append(sum(unit.forward for unit in units))
             backward.append(sum(unit.backward for unit in units) + replay)
-            send.append(self.units[stage.end].cost.send / 2 if stage.end < len(self.units) else 0.0)
+            send.append(self.units[stage.end].cost.send if stage.end < len(self.units) else 0.0)
         return simulate(schedule, forward, backward, send)
 
     @property
@@ -140,7 +141,7 @@ class Plan:
 
     @property
     def bubble(self) -> float:
-        """The part of a step in which a device waits, on average."""
+        """The part of a step in which a device computes nothing, on average: it waits for its input, or receives it."""
         events = self.events()
         step = max(event.end for event in events)
         busy = sum(event.end - event.start for event in events)

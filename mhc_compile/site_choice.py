@@ -26,8 +26,8 @@ def left_plain(sites: Sequence[SiteRecord], only: Choice | None, skip: Choice | 
     Raises ConfigError for a pattern that matches no site, and when no site is left.
     """
     names = {site.name for site in sites}
-    kept = names if only is None else _matched("only", only, sites)
-    kept = kept - (set() if skip is None else _matched("skip", skip, sites))
+    kept = names if only is None else chosen("only", only, sites)
+    kept = kept - (set() if skip is None else chosen("skip", skip, sites))
     if not kept:
         step = "leave one; a model without sites is the plain model"
         raise ConfigError(wrong("what only and skip leave", "no site", f"at least one of {_some(names)}", step))
@@ -47,7 +47,7 @@ def own_constraints(sites: Sequence[SiteRecord], choice: Constraints | None, con
         found = {
             name: constraint
             for pattern, constraint in choice.items()
-            for name in sorted(_matched("site_constraints", [pattern], sites))
+            for name in sorted(chosen("site_constraints", [pattern], sites))
         }
     else:
         legal = "{'*.mlp': 'identity'}, or a function SiteRecord -> name or None"
@@ -58,7 +58,8 @@ def own_constraints(sites: Sequence[SiteRecord], choice: Constraints | None, con
     return {name: one for name, one in found.items() if one is not None and one != config.constraint}
 
 
-def _matched(option: str, choice: Choice, sites: Sequence[SiteRecord]) -> set[str]:
+def chosen(option: str, choice: Choice, sites: Sequence[SiteRecord]) -> set[str]:
+    """Names of the sites that an option chooses. Raises ConfigError for a pattern that matches none."""
     if callable(choice):
         return {site.name for site in sites if _answer(option, choice, site)}
     patterns = [choice] if isinstance(choice, str) else _patterns(option, choice)

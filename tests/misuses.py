@@ -43,12 +43,15 @@ from mhc_compile import (
     explain,
     export_onnx,
     gain,
+    high_priority_merges,
     history,
     load,
     mhc_compile,
     observe,
     param_groups,
     partition,
+    pipeline_schedule,
+    pipeline_stages,
     recompute,
     restore,
     scale_updates,
@@ -59,6 +62,7 @@ from mhc_compile import (
 )
 from mhc_compile.backend import mhc as mhc_backend
 from mhc_compile.kernels import ops
+from mhc_compile.kernels.replay_ops import replay_block
 from mhc_compile.record import KEY
 
 X = torch.linspace(-2, 2, 48).reshape(2, 3, 8)
@@ -1413,6 +1417,85 @@ def recompute_of_a_plain_model(_: Path) -> Situation:
 @misuse(STAGES, ConfigError, "recompute is 0", "sites a block (an integer >= 1)", "'auto' takes the least memory")
 def blocks_of_no_site(_: Path) -> Situation:
     return using(called(), lambda model: recompute(model, 0))
+
+
+@misuse(
+    STAGES, ConfigError, "the device of high-priority merges is cpu", "a CUDA device", "move it first, model.to('cuda')"
+)
+def high_priority_on_a_cpu(_: Path) -> Situation:
+    return using(called(), lambda model: high_priority_merges(model, "*"))
+
+
+@misuse(STAGES, ConfigError, "'*.mlp', which matches no site", "a pattern of first.linear, second", "explain(model)")
+def high_priority_of_no_site(_: Path) -> Situation:
+    return using(called(), lambda model: high_priority_merges(model, "*.mlp"))
+
+
+@misuse(STAGES, RewriteError, "Net is not converted", "a converted model", CONVERT_FIRST)
+def high_priority_of_a_plain_model(_: Path) -> Situation:
+    return not_converted(lambda model: high_priority_merges(model, "*"))
+
+
+def replaying(**changed: Any) -> Situation:
+    """A replay of two sites, with another argument."""
+    streams, f, post, res = torch.ones(5, 2, 3), torch.ones(5, 3), torch.ones(5, 2), torch.ones(5, 2, 2)
+    given = {"streams": streams, "f": [f, f], "post": [post, post], "res": [res, res], "pre": [None, post, None]}
+    return Situation(lambda: replay_block(**{**given, **changed}))
+
+
+def data_parallel(schedule: str, folder: Path) -> Situation:
+    """DDP around a stage, under a schedule."""
+    model = called()
+
+    def call() -> Any:
+        with process_group(folder):
+            plan = partition(model, X, stages=2, devices=1, microbatches=4, schedule=schedule)
+            stages = pipeline_stages(plan, model, X)
+            stages[0].submod = nn.parallel.DistributedDataParallel(stages[0].submod)
+            return pipeline_schedule(stages, lambda output, target: output.sum())
+
+    return using(model, lambda model: call())
+
+
+APART = "which computes input and weight gradients apart"
+WHOLE_BACKWARDS = "'1f1b', 'gpipe' or 'interleaved' for stages"
+
+
+@misuse(STAGES, PartitionError, f"'zero-bubble', {APART}", WHOLE_BACKWARDS, "fully_shard(stage.submod)")
+def data_parallel_under_zero_bubble(folder: Path) -> Situation:
+    return data_parallel("zero-bubble", folder)
+
+
+@misuse(STAGES, PartitionError, f"'zbv', {APART}", WHOLE_BACKWARDS, "fully_shard(stage.submod)")
+def data_parallel_under_zbv(folder: Path) -> Situation:
+    return data_parallel("zbv", folder)
+
+
+@misuse(STAGES, PartitionError, f"'dualpipev', {APART}", WHOLE_BACKWARDS, "fully_shard(stage.submod)")
+def data_parallel_under_dualpipev(folder: Path) -> Situation:
+    return data_parallel("dualpipev", folder)
+
+
+@misuse(
+    STAGES, ShapeError, "(1, 2, 2, 3) tensors", "k, k, k and k + 1 for k sites", "pass None for an aggregate that"
+)
+def a_replay_of_other_numbers(_: Path) -> Situation:
+    return replaying(f=[torch.ones(5, 3)])
+
+
+@misuse(STAGES, ShapeError, "None at some sites and given at others", "all or none", "replay the two kinds")
+def a_replay_of_mixed_and_unmixed_sites(_: Path) -> Situation:
+    return replaying(res=[torch.ones(5, 2, 2), None])
+
+
+@misuse(STAGES, ShapeError, "f is [5, 4]", "[..., C] = [5, 3] for these streams", "n and C are the last")
+def a_replay_of_other_features(_: Path) -> Situation:
+    return replaying(f=[torch.ones(5, 4), torch.ones(5, 3)])
+
+
+@misuse(STAGES, ShapeError, "pre is [5, 3]", "[..., n] = [5, 2] for these streams", "n and C are the last")
+def a_replay_with_weights_of_other_streams(_: Path) -> Situation:
+    return replaying(pre=[torch.ones(5, 3), None, None])
 
 
 @misuse(STAGES, ConfigError, "stages is 0", "an integer >= 1", "pass stages=4, say")

@@ -54,7 +54,7 @@ def cut_blocks(start: int, end: int) -> Iterator[tuple[int, ...]]:
 
 
 def stage_time(units: Sequence[Unit], start: int, end: int, replays: bool) -> float:
-    """Compute, replay and both transfers of a stage."""
+    """Compute, replay, and what a stage receives at both of its ends."""
     total = sum(unit.time + (unit.replay if replays else 0) for unit in units[start:end])
     return total + sum(units[place].send for place in (start, end) if 0 < place < len(units))
 

@@ -31,7 +31,10 @@ from benchmarks import kernel_accuracy, kernel_table, kernel_times, kernel_timin
 from benchmarks.kernel_implementations import Eager, Function, Outputs  # noqa: E402
 from benchmarks.kernel_samples import GROUPS, OPS, Shape, chosen, copies, sample  # noqa: E402
 from benchmarks.kernel_traffic import report, site_launches, site_traffic  # noqa: E402
-from mhc_compile.kernels.triton_traffic import STREAMS  # noqa: E402
+from mhc_compile.kernels import moved  # noqa: E402
+from mhc_compile.kernels.triton_launch import record  # noqa: E402
+from mhc_compile.kernels.triton_replay import replay_block  # noqa: E402
+from mhc_compile.kernels.triton_traffic import STREAMS, traffic  # noqa: E402
 
 SMALL = Shape(5, 16)
 CPU = torch.device("cpu")
@@ -57,6 +60,26 @@ def test_what_a_site_moves(features: int) -> None:
     assert moved["backward"].units <= 28 and moved["backward in a chain"].units <= 24
     assert all(one.other_share < 0.06 for one in moved.values())
     assert moved["forward"].bytes == pytest.approx(moved["forward"].units * 8192 * features * 2, rel=0.06)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_the_table_of_the_cost_model_is_that_of_the_launches(n: int) -> None:
+    tokens, features, seen = 8192, 2560, set()
+    for direction, launches in site_launches(tokens, features, n).items():
+        for row in traffic(launches, tokens, features)[:-1]:
+            if row.units >= 1:  # the others move numbers of a token, or parameters
+                crossing = direction == "backward in a chain" and row.name == "streams_backward"
+                known = moved.LAUNCHES[row.name] + (moved.CROSSING if crossing else moved.Moved())
+                assert row.units == known.units(n), (direction, row.name)
+                seen.add(row.name)
+    assert seen == moved.LAUNCHES.keys()
+    streams, f = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((64, n, 32), (64, 32)))
+    post, res = torch.empty(64, n, device="meta"), torch.empty(64, n, n, device="meta")
+    with record(run=False) as replayed:
+        replay_block(streams, [f] * 8, [post] * 8, [res] * 8, [*[post] * 8, None])
+    tensors = [tensor for launch in replayed for tensor in (*launch.reads.values(), *launch.writes.values())]
+    long = sum(tensor.numel() for tensor in tensors if tensor is not None and tensor.dtype == torch.bfloat16)
+    assert long == 8 * moved.REPLAY.units(n) * 64 * 32
 
 
 @pytest.mark.parametrize("features", [1280, 7168])

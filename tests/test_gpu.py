@@ -13,7 +13,8 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from graphs import float_outputs, zoo_model
-from mhc_compile import HyperConnection, mhc_compile
+from mhc_compile import HyperConnection, high_priority_merges, mhc_compile
+from mhc_compile.kernels import priority
 
 pytestmark = [
     pytest.mark.gpu,
@@ -97,3 +98,53 @@ def test_cuda_graphs() -> None:
             found = logits(model, few)
         graph.replay()
     assert torch.equal(found, right)
+
+
+def run_of(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
+    """Logits and all gradients."""
+    model.zero_grad()
+    found = logits(model, inputs)
+    found.float().square().mean().backward()
+    return [found.detach(), *(copy.copy(p.grad) for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_merges_of_high_priority_are_the_same_bits(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a stream of large products, and with the blocks that the allocator gets back used again at once."""
+    asked = []
+    high_stream = priority.high_stream
+    monkeypatch.setattr(priority, "high_stream", lambda device: asked.append(device) or high_stream(device))
+    model, inputs = converted(backend)
+    model, inputs = model.to("cuda", torch.bfloat16), on_cuda(inputs)
+    expected = run_of(model, inputs)
+    assert not asked
+    high_priority_merges(model, "*.mlp")
+    busy, large = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    busy.wait_stream(torch.cuda.current_stream())
+    for _ in range(5):
+        with torch.cuda.stream(busy):
+            for _ in range(20):
+                large @ large
+        found = run_of(model, inputs)
+        assert len(found) == len(expected) and all(map(torch.equal, expected, found))
+    assert asked and high_stream(asked[0]).priority < torch.cuda.current_stream().priority
+    torch.cuda.synchronize()
+
+
+def test_merges_of_high_priority_in_a_cuda_graph() -> None:
+    model, inputs = converted("eager")
+    model, inputs = model.to("cuda", torch.bfloat16).eval(), on_cuda(inputs)
+    with torch.no_grad():
+        expected = logits(model, inputs).clone()
+        high_priority_merges(model, "*")
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            logits(model, inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = logits(model, inputs)
+        for _ in range(3):
+            graph.replay()
+    assert torch.equal(found, expected)

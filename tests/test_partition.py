@@ -6,12 +6,14 @@ import json
 import re
 from collections.abc import Iterator
 from functools import cache
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from graphs import Converted, float_outputs, small_model
@@ -19,7 +21,7 @@ from mhc_compile import ConfigError, PartitionError, RewriteError, mhc_compile
 from mhc_compile.partition import Pipeline, as_bytes, cost_model, partition, planned
 from mhc_compile.passes.cost import CostModel
 from mhc_compile.passes.plan_devices import loads
-from mhc_compile.passes.plan_search import least_blocks
+from mhc_compile.passes.plan_search import Search, Unit, least_blocks
 from mhc_compile.passes.schedules import Action, Schedule, simulate
 from mhc_compile.passes.stages import Layout
 from mhc_compile.plan import Plan
@@ -327,6 +329,47 @@ def test_a_slow_link_delays_the_next_stage() -> None:
     events = simulate(Schedule.of("1f1b", 2, None, 2), [1.0, 1.0], [1.0, 1.0], [5.0])
     starts = {event.action: event.start for event in events}
     assert starts[Action("F", 1, 0)] == 6.0 and starts[Action("B", 0, 0)] == 13.0
+
+
+def test_a_device_receives_while_it_works_where_receives_are_posted_ahead() -> None:
+    """Forwards of two stages, with a transfer as long as each: in turn on the second device, or side by side."""
+    ends = {}
+    for name in ("gpipe", "interleaved"):
+        schedule = Schedule.of(name, 2, 2, 4)
+        events = simulate(schedule, [1.0, 1.0], [0.0, 0.0], [1.0])
+        ends[name] = max(event.end for event in events if event.action == Action("F", 1, 2))
+    assert schedule.device(1) == 1 and not schedule.waits
+    assert ends == {"gpipe": 1.0 + 3 * 2.0, "interleaved": 3.0 + 1.0 + 1.0}
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_further_microbatch_costs_what_the_planner_says(data: st.DataObject) -> None:
+    """The slowest stage, as the search counts it, is by how much the simulated step grows; and no cuts grow less."""
+    times = st.integers(1, 20).map(float)
+    count = data.draw(st.integers(2, 6))
+    halves = data.draw(st.lists(st.tuples(times, times), min_size=count, max_size=count))
+    links = data.draw(st.lists(st.integers(0, 10).map(float), min_size=count, max_size=count))
+    units = [Unit(a + b, send=link) for (a, b), link in zip(halves, links, strict=True)]
+    stages = data.draw(st.integers(1, min(3, count)))
+
+    def growth(cuts: tuple[int, ...]) -> float:
+        bounds = list(pairwise((0, *cuts, count)))
+        forward, backward = (
+            [sum(half[part] for half in halves[start:end]) for start, end in bounds] for part in (0, 1)
+        )
+        ends = []
+        for microbatches in (4 * stages, 5 * stages):
+            schedule = Schedule.of("1f1b", stages, None, microbatches)
+            events = simulate(schedule, forward, backward, [links[cut] for cut in cuts])
+            ends.append(max(event.end for event in events))
+        return (ends[1] - ends[0]) / stages
+
+    found = Search(units, [stages - stage for stage in range(stages)]).run()
+    assert found is not None
+    planned = growth(tuple(stage.start for stage in found[1:]))
+    assert planned == pytest.approx(max(stage.time for stage in found))
+    assert planned == pytest.approx(min(map(growth, combinations(range(1, count), stages - 1))))
 
 
 # ---------------------------------------------------------------------------------------------- refusals

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
+import grid_worker
 import pipeline_worker
 import zoo
 from graphs import FAR, float_outputs, fresh, loss_of, randomize, zoo_model
@@ -497,16 +498,16 @@ def test_a_gradient_that_no_stage_expects_is_refused() -> None:
 # -------------------------------------------------------------------------------------- two processes
 
 
-def spawn(command: list[str], folder: Path, deadline: float = DEADLINE) -> list[str]:
+def spawn(command: list[str], folder: Path, world: int = pipeline_worker.WORLD) -> list[str]:
     """Run a command for each rank; fails with their output when one fails or the time is over."""
     path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     processes = []
-    for rank in range(pipeline_worker.WORLD):
+    for rank in range(world):
         with (folder / f"{rank}.log").open("w") as log:
             environment = {**os.environ, "PYTHONPATH": path}
             line = [sys.executable, *command, str(rank), str(folder)]
             processes.append(subprocess.Popen(line, env=environment, stdout=log, stderr=log, text=True))
-    end = time.monotonic() + deadline
+    end = time.monotonic() + DEADLINE
     try:
         while time.monotonic() < end and any(process.poll() is None for process in processes):
             if any(process.returncode for process in processes):
@@ -517,8 +518,8 @@ def spawn(command: list[str], folder: Path, deadline: float = DEADLINE) -> list[
             process.kill()
             process.wait()
     codes = [process.returncode for process in processes]
-    logs = [(folder / f"{rank}.log").read_text() for rank in range(pipeline_worker.WORLD)]
-    assert codes == [0] * pipeline_worker.WORLD, f"exit codes {codes}\n" + "\n".join(log[-3000:] for log in logs)
+    logs = [(folder / f"{rank}.log").read_text() for rank in range(world)]
+    assert codes == [0] * world, f"exit codes {codes}\n" + "\n".join(log[-3000:] for log in logs)
     return logs
 
 
@@ -527,6 +528,14 @@ def test_two_processes(tmp_path: Path) -> None:
     """All schedules, tied weights, two trunks: losses and gradients of each step are those of one process."""
     logs = spawn([pipeline_worker.__file__, *pipeline_worker.CHECKS], tmp_path)
     assert all(f"{name} agrees" in log for name in pipeline_worker.STAGES for log in logs)
+
+
+@pytest.mark.slow
+def test_four_processes_of_two_stages_and_two_replicas(tmp_path: Path) -> None:
+    """A pipeline in DDP: losses are those of each replica's data, gradients the mean over both."""
+    logs = spawn([grid_worker.__file__], tmp_path, grid_worker.WORLD)
+    said = [line for log in logs for line in log.splitlines() if "agrees in" in line]
+    assert sorted(line[:20] for line in said) == [f"stage {i} of replica {j}" for i in range(2) for j in range(2)]
 
 
 @pytest.mark.slow

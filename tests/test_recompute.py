@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from graphs import float_outputs, loss_of, randomize, randomize_parameters, zoo_model
 from mhc_compile import Backend, ConfigError, RewriteError, history, mhc_compile
 from mhc_compile.convert import recompute
-from mhc_compile.partition import partition
+from mhc_compile.partition import Pipeline, cost_model, planned
 from mhc_compile.passes.cost import CostModel
 from mhc_compile.passes.emit import copy_graph
 from mhc_compile.passes.fuse import fuse
@@ -276,14 +276,21 @@ def test_inductor_replays_and_takes_no_plan_from_its_cache() -> None:
         assert float((gradients[0] - other).abs().max()) < 1e-5 * float(gradients[0].abs().max())
 
 
-@pytest.mark.parametrize("choice", ["auto", "plan"])
-def test_a_converted_model_is_told_to_replay(choice: str) -> None:
-    model, inputs = converted(None, "aot_eager")
+def test_a_converted_model_is_told_to_replay() -> None:
+    """By a plan, and by "auto", which is the plan of how the model runs: another one in eager mode."""
+    model, inputs = converted(None, "aot_eager", sites=6)
     stored, expected = trained(model, inputs, nullcontext())
-    assert recompute(model, partition(model, inputs) if choice == "plan" else choice) is model
-    replayed, actual = trained(model, inputs, nullcontext())
-    assert replayed < 0.9 * stored and torch.equal(actual, expected)
-    assert [record.name for record in history(model)][-3:] == ["recompute", "lower", "fuse"]
+    costs = cost_model(model, inputs)
+    plans = [planned(one, Pipeline.of(), "chain", 4) for one in (costs, cost_model(model, inputs, compiled=False))]
+    kept = [costs.kept(tuple(plan.blocks)) for plan in plans]
+    assert kept[0] != kept[1]
+    for choice in (plans[0], "auto"):
+        assert recompute(model, choice) is model
+        replayed, actual = trained(model, inputs, nullcontext())
+        assert replayed < 0.9 * stored and torch.equal(actual, expected)
+        assert replayed == pytest.approx(kept[0], rel=1e-3)
+        assert abs(kept[1] - kept[0]) > 1e-2 * kept[0]
+        assert [record.name for record in history(model)][-3:] == ["recompute", "lower", "fuse"]
     recompute(model, None)
     assert trained(model, inputs, nullcontext())[0] == stored
 

@@ -20,6 +20,9 @@ carrier, post and res the merge has, and no other merge may have it, as what it 
 ``passes.fuse``, which sees all of this, gives it.  Where no kernel crosses (``triton_site_backward.crosses``), it is
 sent nothing, and the backward is that of the two ops.
 
+``high_priority``, last, has the launches of this op and of its backward run on a stream of high priority, as that of
+``merge_carried`` does (:mod:`~mhc_compile.kernels.priority`).
+
 Shapes, dtypes and errors are those of :mod:`~mhc_compile.kernels.site_ops`.
 """
 
@@ -36,6 +39,7 @@ from torch.utils import flop_counter
 from mhc_compile.kernels import arguments, plain
 from mhc_compile.kernels.convention import Before
 from mhc_compile.kernels.ops import _fake, _like, _no_autocast, _op, _refuse_double_backward
+from mhc_compile.kernels.priority import on_high_priority
 from mhc_compile.kernels.site_ops import (
     _VARIANT,
     _carriers,
@@ -78,6 +82,13 @@ def merge_read(
     return merged, u, pre, post, res, carrier
 
 
+_HIGH = 11  # where `high_priority` stands, behind the arguments of a read
+
+
+def _is_high(variant: Sequence[Any]) -> bool:
+    return len(variant) > _HIGH and bool(variant[_HIGH])
+
+
 def _check_merge(
     streams: Tensor, f: Tensor, carrier: Tensor, branch: Tensor | None, post: Tensor, res: Tensor | None
 ) -> None:
@@ -90,7 +101,7 @@ def _check_merge(
 @_op(
     "merge_read",
     "(Tensor streams, Tensor f, Tensor carrier, Tensor? branch, Tensor post, Tensor? res, bool res_transposed,"
-    f" bool res_rounded, Tensor phi, Tensor alpha, Tensor bias, {_VARIANT})"
+    f" bool res_rounded, Tensor phi, Tensor alpha, Tensor bias, {_VARIANT}, bool high_priority=False)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _merge_read(
@@ -112,7 +123,7 @@ def _merge_read(
     arguments.check_coefficients(streams, phi, alpha, bias, convention)
     merging, parameters = (streams, f, post, res, res_transposed, res_rounded), (phi, alpha, bias)
     chosen = kernels(streams, is_compiled(variant))
-    with _no_autocast(streams):
+    with _no_autocast(streams), on_high_priority(_is_high(variant)):
         if hasattr(chosen, "merge_read"):
             merged, *coefficients, z, r = chosen.merge_read(*merging, parameters, convention)
         else:  # on a CPU nothing is saved by crossing
@@ -155,8 +166,8 @@ def _(
     "merge_read_backward",
     "(Tensor? grad_u, Tensor? grad_pre, Tensor? grad_post, Tensor? grad_res, Tensor? grad_merged, Tensor? f,"
     " Tensor? tap, Tensor streams, Tensor phi, Tensor alpha, Tensor bias, Tensor pre, Tensor post, Tensor res,"
-    f" Tensor z, Tensor r, Tensor gains, bool gains_rounded, ScalarType branch_dtype, {_VARIANT})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f" Tensor z, Tensor r, Tensor gains, bool gains_rounded, ScalarType branch_dtype, {_VARIANT},"
+    " bool high_priority=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _merge_read_backward(
     grad_u: Tensor | None,
@@ -184,7 +195,7 @@ def _merge_read_backward(
     grads = (grad_u, grad_pre, grad_post, grad_res, grad_merged)
     kept = (streams, phi, alpha, bias, pre, post, res, z, r)
     chosen, convention = kernels(streams, is_compiled(variant)), convention_of(variant)
-    with _no_autocast(streams):
+    with _no_autocast(streams), on_high_priority(_is_high(variant)):
         if crosses(chosen, streams, "given"):
             before = Before(gains, gains_rounded, branch_dtype)
             return chosen.chain_backward(grads, f, tap, before, kept, convention, True)
@@ -252,11 +263,12 @@ def _merge_read_vjp(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...
         before = (post, ctx.rounded, f.dtype)
         grad, *parameters, df = _merge_read_backward(*upstream, tap, *kept, *before, *ctx.variant)
         return None, df, grad, f, None, None, *flags, *parameters, *rest
-    grad, *parameters = _read_backward(*upstream, *kept, wants, *ctx.variant)
+    of_read, how = ctx.variant[:_HIGH], (is_compiled(ctx.variant), _is_high(ctx.variant))
+    grad, *parameters = _read_backward(*upstream, *kept, wants, *of_read)
     if not wants:
         return *(None,) * 6, *flags, *parameters, *rest
     grad = grad if tap is None else grad + tap
-    df, dpost, dres = _merge_carried_backward(grad, streams, f, post, ctx.mix, ctx.rounded, is_compiled(ctx.variant))
+    df, dpost, dres = _merge_carried_backward(grad, streams, f, post, ctx.mix, ctx.rounded, *how)
     return None, df, grad, None, dpost, None if ctx.mix == "identity" else dres, *flags, *parameters, *rest
 
 

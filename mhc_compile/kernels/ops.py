@@ -27,6 +27,7 @@ from mhc_compile.errors import RewriteError, wrong
 from mhc_compile.kernels import arguments, plain
 from mhc_compile.kernels.convention import of_coefficients, of_sinkhorn
 from mhc_compile.kernels.devices import has_kernel
+from mhc_compile.kernels.priority import on_high_priority
 
 __all__ = ["aggregate", "anchor", "coefficients", "expand", "merge", "readout", "sinkhorn"]
 
@@ -410,22 +411,29 @@ _aggregate.register_autograd(_aggregate_vjp, setup_context=_aggregate_setup)
 _aggregate_backward.register_autograd(_refuse_double_backward)
 
 
-_MERGED = "Tensor streams, Tensor f, Tensor post, Tensor? res, bool transposed=False, bool rounded=False"
+_MERGED = (
+    "Tensor streams, Tensor f, Tensor post, Tensor? res, bool transposed=False, bool rounded=False,"
+    " bool high_priority=False"
+)
 
 
 @_op("merge", f"({_MERGED}) -> Tensor")
 def _merge(
-    streams: Tensor, f: Tensor, post: Tensor, res: Tensor | None, transposed: bool = False, rounded: bool = False
+    streams: Tensor,
+    f: Tensor,
+    post: Tensor,
+    res: Tensor | None,
+    transposed: bool = False,
+    rounded: bool = False,
+    high_priority: bool = False,
 ) -> Any:
     arguments.check_merge(streams, f, post, res)
-    with _no_autocast(streams):
+    with _no_autocast(streams), on_high_priority(high_priority):
         return kernels(streams).merge(streams, f, post, res, transposed, rounded)
 
 
 @_fake(_merge)
-def _(
-    streams: Tensor, f: Tensor, post: Tensor, res: Tensor | None, transposed: bool = False, rounded: bool = False
-) -> Tensor:
+def _(streams: Tensor, f: Tensor, post: Tensor, res: Tensor | None, *variant: bool) -> Tensor:
     arguments.check_merge(streams, f, post, res)
     return _like(streams)
 
@@ -439,8 +447,9 @@ def _merge_backward(
     res: Tensor | None,
     transposed: bool = False,
     rounded: bool = False,
+    high_priority: bool = False,
 ) -> Any:
-    with _no_autocast(streams):
+    with _no_autocast(streams), on_high_priority(high_priority):
         return kernels(streams).merge_backward(grad, streams, f, post, res, transposed, rounded)
 
 
@@ -451,22 +460,21 @@ def _(
     f: Tensor,
     post: Tensor,
     res: Tensor | None,
-    transposed: bool = False,
-    rounded: bool = False,
+    *variant: bool,
 ) -> Any:
     dres = post.new_empty((*post.shape[:-1], 0, 0)) if res is None else _like(res)
     return _like(streams), _like(f), _like(post), dres
 
 
 def _merge_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.transposed, ctx.rounded = inputs
+    *tensors, ctx.transposed, ctx.rounded, ctx.high_priority = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _merge_vjp(ctx: Any, grad: Tensor) -> Any:
     streams, f, post, res = ctx.saved_tensors
-    *others, dres = _merge_backward(grad, streams, f, post, res, ctx.transposed, ctx.rounded)
-    return *others, None if res is None else dres, None, None
+    *others, dres = _merge_backward(grad, streams, f, post, res, ctx.transposed, ctx.rounded, ctx.high_priority)
+    return *others, None if res is None else dres, None, None, None
 
 
 _merge.register_autograd(_merge_vjp, setup_context=_merge_setup)

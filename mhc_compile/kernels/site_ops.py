@@ -17,6 +17,9 @@ dpost and dres, over du and X for dpre, and over G, du and X for dX and dphi: 10
 in a chain of sites: :mod:`~mhc_compile.kernels.cross_site_ops`).  Kept for it are X, once, and per token f, the
 coefficients, z and r.
 
+``high_priority`` of a merge, last of its arguments, has its launches and those of its backward run on a CUDA stream of
+high priority (:mod:`~mhc_compile.kernels.priority`); the values are the same bits.
+
 The gradients are right only if X and res of ``merge_carried`` are those of the ``read`` that its carrier comes from;
 one carrier may serve any number of merges.
 
@@ -38,6 +41,7 @@ from mhc_compile.kernels import arguments, ops, plain, site_plain
 from mhc_compile.kernels.convention import Convention, of_site
 from mhc_compile.kernels.devices import has_kernel
 from mhc_compile.kernels.ops import _fake, _like, _no_autocast, _op, _refuse_double_backward
+from mhc_compile.kernels.priority import on_high_priority
 
 _VARIANT = (
     "float eps, int iterations, float pre_eps=0.0, float post_scale=2.0, float post_eps=0.0, int groups=3,"
@@ -253,7 +257,7 @@ def _check_merge_carried(streams: Tensor, f: Tensor, carrier: Tensor, post: Tens
 @_op(
     "merge_carried",
     "(Tensor streams, Tensor f, Tensor carrier, Tensor post, Tensor? res, bool transposed=False, bool rounded=False,"
-    " bool compiled=False) -> Tensor",
+    " bool compiled=False, bool high_priority=False) -> Tensor",
 )
 def _merge_carried(
     streams: Tensor,
@@ -264,9 +268,10 @@ def _merge_carried(
     transposed: bool = False,
     rounded: bool = False,
     compiled: bool = False,
+    high_priority: bool = False,
 ) -> Tensor:
     _check_merge_carried(streams, f, carrier, post, res)
-    with _no_autocast(streams):
+    with _no_autocast(streams), on_high_priority(high_priority):
         merged: Tensor = kernels(streams, compiled).merge(streams, f, post, res, transposed, rounded)
     return merged
 
@@ -279,31 +284,38 @@ def _(streams: Tensor, f: Tensor, carrier: Tensor, post: Tensor, res: Tensor | N
 
 @_op(
     "merge_carried_backward",
-    "(Tensor grad, Tensor streams, Tensor f, Tensor post, str mix, bool rounded, bool compiled=False)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor streams, Tensor f, Tensor post, str mix, bool rounded, bool compiled=False,"
+    " bool high_priority=False) -> (Tensor, Tensor, Tensor)",
 )
 def _merge_carried_backward(
-    grad: Tensor, streams: Tensor, f: Tensor, post: Tensor, mix: str, rounded: bool, compiled: bool = False
+    grad: Tensor,
+    streams: Tensor,
+    f: Tensor,
+    post: Tensor,
+    mix: str,
+    rounded: bool,
+    compiled: bool = False,
+    high_priority: bool = False,
 ) -> Any:
-    with _no_autocast(streams):
+    with _no_autocast(streams), on_high_priority(high_priority):
         return kernels(streams, compiled).branch_backward(grad, streams, f, post, mix, rounded)
 
 
 @_fake(_merge_carried_backward)
-def _(grad: Tensor, streams: Tensor, f: Tensor, post: Tensor, mix: str, rounded: bool, compiled: bool = False) -> Any:
+def _(grad: Tensor, streams: Tensor, f: Tensor, post: Tensor, mix: str, *variant: bool) -> Any:
     entries = 0 if mix == "identity" else post.shape[-1]
     return _like(f), _like(post), post.new_empty((*post.shape[:-1], entries, entries))
 
 
 def _merge_carried_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    streams, f, _, post, res, transposed, ctx.rounded, ctx.compiled = inputs
+    streams, f, _, post, res, transposed, ctx.rounded, *ctx.how = inputs  # how: compiled, high_priority
     ctx.mix = "identity" if res is None else "transposed" if transposed else "given"
     ctx.save_for_backward(streams, f, post)
 
 
 def _merge_carried_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    df, dpost, dres = _merge_carried_backward(grad, *ctx.saved_tensors, ctx.mix, ctx.rounded, ctx.compiled)
-    return None, df, grad, dpost, None if ctx.mix == "identity" else dres, None, None, None
+    df, dpost, dres = _merge_carried_backward(grad, *ctx.saved_tensors, ctx.mix, ctx.rounded, *ctx.how)
+    return None, df, grad, dpost, None if ctx.mix == "identity" else dres, *(None,) * 4
 
 
 _merge_carried.register_autograd(_merge_carried_vjp, setup_context=_merge_carried_setup)

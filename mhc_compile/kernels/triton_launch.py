@@ -20,6 +20,7 @@ import triton
 from torch import Tensor
 
 from mhc_compile.errors import ShapeError, wrong
+from mhc_compile.kernels.priority import launching
 
 STREAM_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_STREAMS = 16
@@ -70,7 +71,8 @@ class Launch:
         if 0 in self.grid:
             return
         first = next(tensor for tensor in self.writes.values() if tensor is not None)
-        with torch.cuda.device(first.get_device()):  # -1, no device, for tensors of the interpreter
+        device = first.get_device()  # -1, no device, for tensors of the interpreter
+        with torch.cuda.device(device), launching(device):
             self.kernel[self.grid](**self.arguments, **self.options)
 
 

@@ -22,10 +22,11 @@ from mhc_compile.passes.dataflow import parameter_behind
 from mhc_compile.passes.dry_run import DryRun, Saved, dry_run, partitioned
 from mhc_compile.passes.emit import copy_graph
 from mhc_compile.passes.lower import lower
-from mhc_compile.passes.op_kinds import CONVOLUTIONS, NORMS, PRODUCTS, REDUCTIONS, aten, is_local, packet
+from mhc_compile.passes.op_kinds import CONVOLUTIONS, NORMS, PRODUCTS, REDUCTIONS, aten, is_local, packet, tensor_of
 from mhc_compile.passes.plan_search import Unit
 from mhc_compile.passes.recompute import Blocks, equal_blocks, tag
 from mhc_compile.passes.replay import READS, replayed_nodes
+from mhc_compile.passes.site_kernels import moves
 from mhc_compile.passes.stages import Cut, Layout, SiteSpan, bytes_of, tensor_bytes
 
 mhc = torch.ops.mhc
@@ -49,7 +50,8 @@ class Device:
 class NodeCost:
     """One op, for one microbatch: FLOPs, bytes moved, and seconds, forward and backward.
 
-    kept: bytes that it is the first to save for the backward. replayed: it may be computed again in the backward.
+    kept: bytes that it is the first to save for the backward. replayed: it may be computed again in the backward, which
+    takes replay_seconds.
     """
 
     name: str
@@ -63,6 +65,7 @@ class NodeCost:
     replayed: bool
     seconds: float
     backward_seconds: float
+    replay_seconds: float
 
 
 # Backward FLOPs over forward ones, by the formulas in `kernels`.
@@ -71,16 +74,6 @@ _FLOP_RATIO: dict[object, float] = {
     mhc.gates: 3.0,
     mhc.aggregate: 2.0,
     mhc.merge: 2.0,
-    mhc.read: 2.5,
-}
-# Bytes moved by the backward in units of C, n streams: gradients in and out, streams read, sums with earlier gradients.
-_BACKWARD_UNITS: dict[object, tuple[int, int]] = {
-    mhc.merge: (3, 2),
-    mhc.aggregate: (3, 1),
-    mhc.coefficients: (3, 0),
-    mhc.gates: (3, 0),
-    mhc.merge_carried: (1, 2),
-    mhc.read: (5, 2),
 }
 _LOOKUPS = frozenset({aten.embedding, aten.index, aten.index_select, aten.gather})
 
@@ -92,13 +85,23 @@ class CostModel:
     makes for one branch (aggregate, norm) then exists for one site at a time. Otherwise branches keep what autograd
     does, and a block replays all of that at once, but for the coefficients of every site, which are kept as its fused
     ops keep them, and what ops keep that they do not give (`passes.eager_replay`).
+
+    kernels: how the mHC ops run, which decides what they move: "site" (what replays in eager mode), "chain" (compiled:
+    sites fused across their borders), or "op" (each by itself, as the paper's table 2 counts). By default as compiled.
     """
 
     def __init__(
-        self, gm: fx.GraphModule, arguments: Sequence[Any], *, device: Device | None = None, compiled: bool = False
+        self,
+        gm: fx.GraphModule,
+        arguments: Sequence[Any],
+        *,
+        device: Device | None = None,
+        compiled: bool = False,
+        kernels: str | None = None,
     ) -> None:
         self.device, self.compiled = device or Device(), compiled
         self.graph, self.layout = gm, Layout(gm.graph)
+        self.moves = moves(self.layout.flow, kernels or ("chain" if compiled else "site"))
         self.run: DryRun = dry_run(gm, arguments)
         self.replayed = replayed_nodes(self.layout.flow)
         self.branch_values = self._branch_values(gm, arguments)
@@ -163,9 +166,10 @@ class CostModel:
         }
 
     def _node(self, node: fx.Node, kept: int) -> NodeCost:
-        flops, moved = self.run.flops.get(node, 0), self._moved(node)
-        back_flops = int(flops * _FLOP_RATIO.get(packet(node), 2.0)) if node in self.run.trained else 0
-        back_moved = self._moved_backward(node, moved) if node in self.run.trained else 0
+        flops, (moved, back_moved, again) = self.run.flops.get(node, 0), self._moved(node)
+        back_flops = int(flops * _FLOP_RATIO.get(packet(node), 2.0))
+        if node not in self.run.trained:
+            back_flops = back_moved = 0
         rate = self.device.rate(_dtype(node))
         return NodeCost(
             node.name,
@@ -179,30 +183,33 @@ class CostModel:
             node in self.replayed,
             max(flops / rate, moved / self.device.bandwidth),
             max(back_flops / rate, back_moved / self.device.bandwidth),
+            max(flops / rate, again / self.device.bandwidth) if node in self.replayed else 0.0,
         )
 
-    def _moved(self, node: fx.Node) -> int:
+    def _moved(self, node: fx.Node) -> tuple[int, int, int]:
+        """Bytes that an op moves in the forward, in the backward, and when it is computed again."""
+        if node in self.moves:
+            return self._moved_by_site(node)
         if node in self.run.views:
-            return 0
+            return 0, 0, 0
         cheap = _is_fusible(node)
         given = [bytes_of(source) for source in node.all_input_nodes if not (cheap and _is_fusible(source))]
         made = bytes_of(node)
         if packet(node) in _LOOKUPS:
             given = [min(size, made) for size in given]
-        if node.target is mhc.read.default:
-            made = _carrierless(node)
-        if node.target is mhc.merge_carried.default:
-            given = given[:2] + given[3:]  # the carrier holds nothing
         written = 0 if cheap and node.users and all(map(_is_fusible, node.users)) else made
-        return sum(given) + written
+        moved = sum(given) + written
+        return moved, 2 * moved, moved
 
-    def _moved_backward(self, node: fx.Node, forward: int) -> int:
-        units = _BACKWARD_UNITS.get(packet(node))
-        if units is None:
-            return 2 * forward
-        streams = node.args[0].meta["val"]  # type: ignore[union-attr]
-        one = tensor_bytes(streams) // streams.shape[-2]
-        return int((units[0] * streams.shape[-2] + units[1]) * one)
+    def _moved_by_site(self, node: fx.Node) -> tuple[int, int, int]:
+        """Of an op on streams by the table of kernels; coefficients and parameters beside it, in the forward."""
+        streams, found = node.args[0].meta["val"], self.moves[node]  # type: ignore[union-attr]
+        n, features = streams.shape[-2:]
+        one = tensor_bytes(streams) // n
+        values = ((other, tensor_of(other)) for other in (*node.all_input_nodes, node))
+        small = sum(bytes_of(other) for other, value in values if value is None or value.shape[-1] != features)
+        forward, backward, replay = (int(part.units(n) * one) for part in (found.forward, found.backward, found.replay))
+        return forward + small, backward, replay + small
 
     # ------------------------------------------------------------------------------------------ units
 
@@ -215,7 +222,7 @@ class CostModel:
         ops = [self.nodes[node] for node in self._nodes_of(number) if node in self.nodes]
         forward, backward = self.seconds[number]
         modelled = sum(op.seconds for op in ops)
-        share = sum(op.seconds for op in ops if op.replayed) / modelled if modelled else 0.0
+        share = sum(op.replay_seconds for op in ops) / modelled if modelled else 0.0
         kept = self._kept
         working = max((self._working(node) for node in self._nodes_of(number)), default=0)
         cut = self.cuts[number - 1] if number else None
@@ -229,7 +236,7 @@ class CostModel:
             together=kept.coefficients[number] + (0 if self.compiled else kept.branch[number]),
             alone=working + (kept.branch[number] if self.compiled else 0),
             boundary=cut.bytes if cut is not None else None,
-            send=2 * cut.bytes / self.device.link if cut is not None else 0.0,
+            send=cut.bytes / self.device.link if cut is not None else 0.0,
             again=kept.again[number],
             waiting=sum(bytes_of(node) for node in self._nodes_of(number) if self._has_weight_gradient(node)),
         )
@@ -336,12 +343,6 @@ def _dtype(node: fx.Node) -> torch.dtype:
     value = node.meta.get("val")
     values = value if isinstance(value, (tuple, list)) else [value]
     return next((one.dtype for one in values if isinstance(one, torch.Tensor)), torch.float32)
-
-
-def _carrierless(node: fx.Node) -> int:
-    """What `read` writes: not its carriers, which have one element."""
-    u, pre, post, res, _, _, z, r = node.meta["val"]
-    return sum(map(tensor_bytes, (u, pre, post, res, z, r)))
 
 
 class _KeptBytes:

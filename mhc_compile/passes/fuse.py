@@ -24,6 +24,7 @@ import mhc_compile.kernels.cross_site_ops  # noqa: F401 - registers the op
 from mhc_compile.passes.dataflow import Dataflow
 from mhc_compile.passes.emit import Emitter
 from mhc_compile.passes.history import Outcome
+from mhc_compile.passes.lower import priority
 
 mhc = torch.ops.mhc
 
@@ -85,7 +86,7 @@ def _rewrite(emitter: Emitter, pair: Pair) -> None:
     flags = [*flags, False, False][:2]
     with graph.inserting_before(pair.place):
         given = (streams, f, carrier, None, post, res, *flags, *read.args[1:])
-        both = emitter.call(mhc.merge_read.default, *given, like=read)
+        both = emitter.call(mhc.merge_read.default, *given, like=read, **priority(merge))
         outputs: list[Any] = [emitter.call(operator.getitem, both, place, like=read) for place in range(9)]
     if "mhc_site" in read.meta:
         both.meta["mhc_site"] = read.meta["mhc_site"]

@@ -118,6 +118,11 @@ def given(node: fx.Node, name: str, default: Any) -> Any:
     return node.kwargs.get(name, node.args[place] if place < len(node.args) else default)
 
 
+def priority(merge: fx.Node) -> dict[str, bool]:
+    """The argument of `passes.prioritize` as it goes to the op that takes the merge's place."""
+    return {name: value for name, value in merge.kwargs.items() if name == "high_priority"}  # type: ignore[misc]
+
+
 def _groups(start: fx.Node) -> int:
     return int(given(start, "groups", 3))
 
@@ -169,8 +174,8 @@ def _rewrite(emitter: Emitter, site: SiteOps, compiled: bool) -> None:
     for merge in site.merges:
         with graph.inserting_before(merge):
             mixing, flags = None if balance is None else res, [*_manner(merge), *([True] if compiled else [])]
-            args = (*merge.args[:2], carrier, post, mixing, *flags)
-            made.append(emitter.call(mhc.merge_carried.default, *args, like=merge))
+            args, where = (*merge.args[:2], carrier, post, mixing, *flags), priority(merge)
+            made.append(emitter.call(mhc.merge_carried.default, *args, like=merge, **where))
         merge.replace_all_uses_with(made[-1])
         graph.erase_node(merge)
     replaced = [(site.aggregates, u), (site.pre, pre), (site.post, post)]

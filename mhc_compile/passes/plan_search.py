@@ -12,7 +12,8 @@ maximum is that of the replays alone. The fronts below are the pairs (bytes of s
 choice of blocks betters in both: they serve every m. Which stage gets which units is a search over stage ends, for
 each in turn:
 
-1. the least time of the slowest stage, transfers at its ends included, with every stage inside the memory limit;
+1. the least time of the slowest stage, with what it receives at both ends where it waits for that, and with every
+   stage inside the memory limit;
 2. of these, the least bytes sent between stages;
 3. of these, the least memory of the fullest stage.
 
@@ -41,7 +42,7 @@ class Unit:
     outgoing: the states that it makes for later units; replayed by a block that goes on behind it.
     together: what a replay makes for this unit's backward, all units of a block at once.
     alone: what exists for one unit of a block at a time: what is replayed when it is needed, gradients on their way.
-    boundary: sent to a stage that starts here; None where no stage may. send: the seconds of that, both directions.
+    boundary: sent to a stage that starts here; None where no stage may. send: the seconds of that, one direction.
     again: values of earlier units that a stage which starts here keeps for itself.
     waiting: gradients kept between a backward for inputs and the one for weights.
     """
@@ -232,7 +233,7 @@ class Search:
     # ------------------------------------------------------------------------------------------ one stage
 
     def send(self, place: int) -> float:
-        """Seconds to send and receive at a cut; none at the ends of the chain."""
+        """Seconds to receive at a cut, in either direction; none at the ends of the chain."""
         return self.units[place].send if 0 < place < len(self.units) else 0.0
 
     def least_time(self, start: int, end: int) -> float:

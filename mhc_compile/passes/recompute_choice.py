@@ -36,21 +36,24 @@ class Recompute:
             return cls(tuple(tuple(block) for block in blocks))
         raise ConfigError(wrong("recompute", repr(option), _LEGAL, "'auto' takes the least memory"))
 
-    def blocks(self, gm: fx.GraphModule, arguments: Sequence[Any]) -> Blocks:
-        """The blocks for a rewritten level-1 graph, called with such arguments (fake ones will do)."""
+    def blocks(self, gm: fx.GraphModule, arguments: Sequence[Any], compiled: bool) -> Blocks:
+        """The blocks for a rewritten level-1 graph, called with such arguments (fake ones will do).
+
+        compiled: it will replay by torch's partitioner, which keeps other things than eager execution (`CostModel`).
+        """
         if isinstance(self.choice, int):
             return equal_blocks(gm, self.choice)
         if isinstance(self.choice, tuple):
             return self.choice
-        return _least(gm, arguments)
+        return _least(gm, arguments, compiled)
 
 
 def _is_block(block: object) -> bool:
     return isinstance(block, Sequence) and not isinstance(block, str) and all(isinstance(name, str) for name in block)
 
 
-def _least(gm: fx.GraphModule, arguments: Sequence[Any]) -> Blocks:
-    costs = CostModel(gm, arguments)
+def _least(gm: fx.GraphModule, arguments: Sequence[Any], compiled: bool) -> Blocks:
+    costs = CostModel(gm, arguments, compiled=compiled)
     starts, _ = least_blocks(costs.units)
     runs = [costs.sites_of_units[start:end] for start, end in pairwise([*starts, len(costs.units)])]
     found = (tuple(site.name for sites in run for site in sites) for run in runs)

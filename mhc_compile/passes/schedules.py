@@ -3,6 +3,12 @@
 A device runs forwards `F` and backwards `B` of its stages, or where a schedule splits the backward, input gradients `I`
 and weight gradients `W`. What a microbatch keeps in a stage is freed by its `B` or `W`. GPipe and 1F1B have a stage a
 device; the orders of the others are those of `torch.distributed.pipelining`, which runs them.
+
+What a stage sends, its device does not wait for. What it receives, the device of a gpipe or 1f1b stage does: torch
+posts the receive in front of the action that needs it, behind the one before. So the transfer begins when both sides
+are done with what they did before, and takes its time of the receiver (in 1f1b of both, which send and receive at
+once). The schedules of several stages a device post receives ahead, as soon as their order knows of the send: there a
+transfer delays its own input alone, and runs beside other work.
 """
 
 from __future__ import annotations
@@ -77,6 +83,11 @@ class Schedule:
         made = cls(name, stages, many, microbatches)
         made.orders()
         return made
+
+    @property
+    def waits(self) -> bool:
+        """A device does nothing else while it receives."""
+        return self.name not in _IN_TORCH
 
     def device(self, stage: int) -> int:
         """The device of a stage: in turn, for V shapes there and back."""
@@ -220,7 +231,7 @@ def _sorted(counts: dict[int, int]) -> tuple[tuple[int, int], ...]:
 def simulate(
     schedule: Schedule, forward: Sequence[float], backward: Sequence[float], send: Sequence[float]
 ) -> list[Event]:
-    """One step, each action as early as its device and its inputs allow.
+    """One step, each action as early as its device and its inputs allow. An event begins behind what it waits for.
 
     forward, backward: seconds of each stage, for one microbatch; send: from each stage to the next, one direction,
     where they are on different devices. Each part of a split backward takes half its time.
@@ -237,7 +248,8 @@ def simulate(
                 ready = _ready(schedule, action, send, done)
                 if ready is None:
                     break
-                start = max(free[device], ready)
+                made, transfer = ready
+                start = max(free[device], made) + transfer if schedule.waits else max(free[device], made + transfer)
                 length = forward[action.stage] if action.kind == "F" else backward[action.stage]
                 free[device] = start + (length / 2 if action.kind in "IW" else length)
                 events.append(Event(action, start, free[device]))
@@ -249,19 +261,19 @@ def simulate(
 
 def _ready(
     schedule: Schedule, action: Action, send: Sequence[float], done: dict[tuple[int, str, int], float]
-) -> float | None:
-    """When the input of an action is there; None if what gives it has not run."""
+) -> tuple[float, float] | None:
+    """When the input of an action is made, and how long its transfer takes; None if what gives it has not run."""
     stage, microbatch = action.stage, action.microbatch
     if action.kind == "F":
         before, key = stage - 1, "F"
     elif action.kind == "W":
-        return done.get((stage, "B", microbatch))
-    else:
+        before, key = stage, "B"
+    elif stage + 1 < schedule.stages:
         before, key = stage + 1, "B"
+    else:
+        before, key = stage, "F"
     if before < 0:
-        return 0.0
-    if before == schedule.stages:
-        return done.get((stage, "F", microbatch))
+        return 0.0, 0.0
     time = done.get((before, key, microbatch))
     apart = schedule.device(before) != schedule.device(stage)
-    return None if time is None else time + (send[min(before, stage)] if apart else 0.0)
+    return None if time is None else (time, send[min(before, stage)] if apart else 0.0)
