@@ -36,10 +36,15 @@ from mhc_compile.record import Record
 ANCHOR = torch.ops.mhc.anchor.default
 
 
-def level_2(backend: str) -> list[Pass]:
-    """The passes to fused ops, of what is compiled; graphs that are looked at or exported stay on level 1."""
+def level_2(backend: str, replays: bool = False) -> list[Pass]:
+    """The passes to fused ops, of what is compiled; graphs that are looked at or exported stay on level 1.
+
+    replays: what replays without a compiler does so op by op: a merge, or an aggregate, is not made again for the sake
+    of a read.
+    """
     compiled = backend == "inductor"  # who has asked for its compilations has its first calls take seconds anyway
-    return [Pass("lower", False, partial(lower, compiled=compiled)), Pass("fuse", False, fuse)]
+    lowered = Pass("lower", False, partial(lower, compiled=compiled, early=not replays))
+    return [lowered] if replays else [lowered, Pass("fuse", False, fuse)]
 
 
 @dataclass
@@ -102,8 +107,7 @@ def compile_rewritten(
         history += run_passes(graph, [Pass("recompute", True, partial(tag, blocks=blocks))])
     replays = bool(blocks) and backend == "eager"
     if level == 2 or replays:
-        # What replays without a compiler does so op by op: a merge is not made again for the sake of a read.
-        history += run_passes(graph, level_2(backend)[: 1 if replays else None])
+        history += run_passes(graph, level_2(backend, replays))
     if replays:
         return replaying(graph)
     told_apart = fingerprint() + blocks_fingerprint(blocks)  # the caches' keys do not see tags

@@ -208,7 +208,7 @@ class _Stages:
         """The module of a stage, on its device."""
         graph = self.graphs[stage]
         replays = bool(self.blocks) and self.backend == "eager"
-        run_passes(graph.graph, level_2(self.backend)[: 1 if replays else None])
+        run_passes(graph.graph, level_2(self.backend, replays))
         unread = () if stage else self._unread()
         made = StageModule(graph, self.model, self.whole.state, self.trained, unread)
         if stage == 0:

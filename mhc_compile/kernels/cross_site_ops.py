@@ -187,7 +187,7 @@ def _merge_read_backward(
     with _no_autocast(streams):
         if crosses(chosen, streams, "given"):
             before = Before(gains, gains_rounded, branch_dtype)
-            return chosen.chain_backward(grads, f, tap, before, kept, convention, True)
+            return chosen.chain_backward(grads, f, tap, before, kept, convention, True)[:5]
         grads = with_products(chosen, grads, f, streams, post, convention)
         grad, *parameters = chosen.read_backward(*grads, *kept, convention, True)
         grad = grad if tap is None else grad + tap
