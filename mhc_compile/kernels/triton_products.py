@@ -15,6 +15,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from mhc_compile.kernels.triton_coefficients_backward import pre_backward_tile
 from mhc_compile.kernels.triton_launch import STREAM_DTYPES, cdiv, check, check_streams, jit, launch
 from mhc_compile.kernels.triton_merge_backward import merge_backward_tile
 from mhc_compile.kernels.triton_sinkhorn import store_matrix
@@ -94,14 +95,16 @@ def products(
         "grad": check("grad", grad, "[..., n, C]", tuple(streams.shape), streams, streams.dtype),
         "f": check("f", f, "[..., C]", (*lead, features), streams, *STREAM_DTYPES),
     }
-    _launch(streams, du, given, {"dpre": dpre, "dpost": dpost, "dres": dres}, transposed)
+    tile = merge_backward_tile(n, features, streams.element_size())
+    _launch(streams, du, given, {"dpre": dpre, "dpost": dpost, "dres": dres}, tile, transposed)
     return dpre, dpost, dres
 
 
 def read_products(du: Tensor, streams: Tensor) -> Tensor:
     """``<du, X_i>`` [..., n], float32, for the gradient ``du`` [..., C] of ``sum_i w_i X_i``; up to 16 streams."""
     sums = _sums(streams, streams.shape[-2])
-    _launch(streams, du, {"grad": None, "f": None}, {"dpre": sums, "dpost": None, "dres": None}, False)
+    tile = pre_backward_tile(streams.shape[-1], streams.element_size())
+    _launch(streams, du, {"grad": None, "f": None}, {"dpre": sums, "dpost": None, "dres": None}, tile, False)
     return sums
 
 
@@ -114,12 +117,13 @@ def _launch(
     du: Tensor | None,
     given: dict[str, Tensor | None],
     writes: dict[str, Tensor | None],
+    tile: tuple[int, int, int],
     transposed: bool,
 ) -> None:
     tokens, n, features = check_streams(streams)
     if du is not None:
         du = check("du", du, "[..., C]", (*streams.shape[:-2], features), streams, streams.dtype)
-    block_t, block_c, vector = merge_backward_tile(n, features, streams.element_size())
+    block_t, block_c, vector = tile
     launch(
         _products,
         (cdiv(tokens, block_t),),
