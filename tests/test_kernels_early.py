@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 import kernel_oracles as oracles
+from graphs import assert_same, fresh, output_error, randomize, result_of
 from kernel_lanes import (
     CASES,
     DEVICE,
@@ -21,6 +23,8 @@ from kernel_lanes import (
     scattered,
     to_device,
 )
+from mhc_compile import mhc_compile
+from mhc_compile.conversion import conversion
 from mhc_compile.errors import ShapeError
 from mhc_compile.kernels import ops, reference, site_ops, triton_single_pass
 from mhc_compile.kernels.convention import PAPER, Before, Coefficients, Convention
@@ -188,10 +192,10 @@ def test_each_element_is_moved_once(launches: int) -> None:
 
 
 def test_the_launches_follow_the_tokens() -> None:
-    """One where programs of their own fill the device, and not much more than once."""
+    """One where tiles of tokens alone fill the device."""
     streams = torch.empty(1, 4, 8, dtype=torch.bfloat16)  # on a CPU: as on an H200
     counts = [1, 16, 4096, 8192, 9000, 16384, 65536]
-    assert [t for t in counts if triton_single_pass.in_one_launch(t, streams)] == [8192, 16384, 65536]
+    assert [t for t in counts if triton_single_pass.in_one_launch(t, streams)] == [8192, 9000, 16384, 65536]
 
 
 @pytest.mark.parametrize(
@@ -404,3 +408,27 @@ def test_the_first_site_makes_no_input_for_its_branch(on_kernels: Any) -> None:
     with record() as found:
         mhc.read_early(streams, torch.ones(5, 4, device=DEVICE), phi, alpha, bias, EPS, ITERATIONS)
     assert traffic(found, 5, C)[-1].units == 9
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+@pytest.mark.parametrize("name", ["vit"] if INTERPRETED else ["llama", "vit", "t5"])
+def test_a_model_on_kernels(name: str, on_kernels: Any) -> None:
+    """A conversion with single-pass reads in training, compiled, against its level-1 ops in plain torch."""
+    on_kernels(False)
+    model, inputs = fresh(name)
+    model, inputs = model.to(DEVICE).train(), {key: to_device(value)[0] for key, value in inputs.items()}
+    own = dict(model.named_parameters())
+    plain = result_of(lambda: model(**inputs), own)
+    mhc_compile(model, n=4, single_pass=True, backend="aot_eager", example_inputs=inputs)
+    randomize(model)
+    named = dict(model.named_parameters())
+    op_by_op = conversion(model).compiled(model, "eager", level=1)
+    expected = result_of(lambda: op_by_op(model, **inputs)[1], named)
+    assert output_error(plain, expected) > 1e-3, "the test could not tell mHC from plain"
+    on_kernels(True)
+    with record() as found:
+        assert_same(expected, result_of(lambda: model(**inputs), named), outputs=1e-5, gradients=1e-4)
+    names = Counter(launch.name for launch in found)
+    # The last site of a trunk has a merge of its own, and du by itself.
+    assert names["merge_project"] > 2 and names["merge"] == names["merge_backward"] <= 2
+    assert names["products"] == names["merge_project"] + names["merge"]

@@ -261,11 +261,12 @@ def test_models_compute_the_same(name: str) -> None:
     model, inputs = fresh(name)
     model, inputs = model.double(), as_double(inputs)
     own = dict(model.named_parameters())
-    plain = {training: result_of(lambda: model.train(training)(**inputs), own) for training in (False, True)}  # noqa: B023
+    modes = (False, True) if name == "llama" else (True,)
+    plain = {training: result_of(lambda: model.train(training)(**inputs), own) for training in modes}  # noqa: B023
     mhc_compile(model, n=4, single_pass=True, backend="aot_eager", example_inputs=inputs)
     randomize(model)
     op_by_op = conversion(model).compiled(model, "eager", level=1)
-    for training in (False, True):
+    for training in plain:
         model.train(training)
         named = dict(model.named_parameters())
         expected = result_of(lambda: op_by_op(model, **inputs)[1], named)

@@ -178,9 +178,9 @@ def merge_read_early(
 
 
 def in_one_launch(tokens: int, streams: Tensor) -> bool:
-    """Whether tiles of tokens alone keep the device busy: waves of programs that are full to 7 tenths, on average."""
-    width, tiles = multiprocessors(streams.device), cdiv(tokens, one_launch_tile(streams.dtype)[0])
-    return 10 * tiles >= 7 * cdiv(tiles, width) * width > 0
+    """Whether tiles of tokens alone keep seven tenths of the device busy, so that no split of C would gain much."""
+    tiles = cdiv(tokens, one_launch_tile(streams.dtype)[0])
+    return 10 * tiles >= 7 * multiprocessors(streams.device)
 
 
 def _launch(
