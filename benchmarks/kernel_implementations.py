@@ -65,6 +65,7 @@ class Ours(Implementation):
         from mhc_compile.kernels.triton_expand import expand, readout
         from mhc_compile.kernels.triton_merge import merge
         from mhc_compile.kernels.triton_merge_read import merge_read
+        from mhc_compile.kernels.triton_single_pass import merge_read_early
         from mhc_compile.kernels.triton_sinkhorn import sinkhorn
 
         arguments = tuple(sample[name] for name in OPS[op].inputs)
@@ -75,6 +76,10 @@ class Ours(Implementation):
             assert kept.post is not None
             return merge(streams, f, kept.post, kept.res), u
 
+        def early(*given: Tensor) -> Outputs:
+            merged, u, kept = merge_read_early(given[:4], given[4], given[5:], PAPER.mix, False, PAPER)
+            return merged, u, kept.pre, kept.post, kept.res
+
         def parts(*given: Tensor) -> Outputs:
             kept = coefficients(*given, PAPER)
             return kept.pre, kept.post, kept.res
@@ -82,6 +87,7 @@ class Ours(Implementation):
         functions: dict[str, Callable[..., Outputs]] = {
             "site": site,
             "merge+read": lambda *given: merge_read(given[:4], given[4:], PAPER.mix, False, PAPER)[:2],
+            "merge+early": early,
             "coefficients": parts,
             "sinkhorn": lambda logits: (sinkhorn(logits, PAPER.iterations),),
             "aggregate": lambda streams, pre: (aggregate(streams, pre),),
@@ -107,6 +113,8 @@ class Ours(Implementation):
 
         if op == "chain":
             return self.chain(sample)
+        if op == "early-chain":
+            return self.early_chain(sample)
 
         def of_merge() -> Outputs:
             df, dpost, dres = merge_backward(s["grad"], streams, s["f"], s["post"])
@@ -138,7 +146,6 @@ class Ours(Implementation):
         }
         return others[op]
 
-
     def chain(self, s: Sample) -> Call:
         """One site of a chain: df of the site before, and what its own parameters get."""
         from mhc_compile.kernels.triton_merge_read import merge_read
@@ -154,6 +161,24 @@ class Ours(Implementation):
         def of_chain() -> Outputs:
             got = site_backward(merged, parameters, kept, PAPER, **more)
             return None, got.f, None, None, got.phi, got.alpha, got.bias, None
+
+        return of_chain
+
+    def early_chain(self, s: Sample) -> Call:
+        """The same with single-pass reads, and what the weights get that u was read with."""
+        from mhc_compile.kernels.triton_single_pass import merge_read_early
+        from mhc_compile.kernels.triton_site_backward import crosses, site_backward
+
+        if not crosses(s["streams"], PAPER.mix):
+            raise NotOffered("more than four streams: site by site")
+        parameters, merging = (s["phi"], s["alpha"], s["bias"]), (s["streams"], s["f"], s["post"], s["res"])
+        merged, _, kept = merge_read_early(merging, s["pre"], parameters, PAPER.mix, False, PAPER)
+        before = Before(s["post"], False, s["f"].dtype)
+        more = {"grad": s["grad"], "du": s["du"], "grad_pre": s["grad_pre"], "f": s["next_f"], "before": before}
+
+        def of_chain() -> Outputs:
+            got = site_backward(merged, parameters, kept, PAPER, **more, weights=s["pre"])
+            return None, got.f, None, None, got.weights, got.phi, got.alpha, got.bias, None
 
         return of_chain
 
@@ -270,10 +295,21 @@ def formulas(convention: Convention, n: int) -> dict[str, Function]:
         streams = reference.merge(*before[:4], c.transposed)
         return site(streams, next_f, *before[4:])
 
+    def early(*given: Tensor) -> tuple[Tensor, ...]:
+        merged = reference.merge(*given[:4], c.transposed)
+        return merged, reference.aggregate(merged, given[4]), *coefficients(merged, *given[5:])
+
+    def early_chain(*given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        *before, next_f = given
+        streams, u, pre, post, res = early(*before)
+        return reference.merge(streams, next_f, post, res, c.transposed), u, pre
+
     return {
         "site": site,
         "merge+read": merge_read,
         "chain": chain,
+        "merge+early": early,
+        "early-chain": early_chain,
         "coefficients": coefficients,
         "sinkhorn": lambda logits: (sinkhorn(logits),),
         "aggregate": lambda streams, pre: (reference.aggregate(streams, pre),),

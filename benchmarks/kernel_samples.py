@@ -58,6 +58,19 @@ OPS = {
     "chain": Op(
         ("streams", "f", "post", "res", *PARAMETERS, "next_f"), ("merged", "u"), ("grad", "du"), ("backward",)
     ),
+    # The same with single-pass reads: u by weights that are known before, and coefficients for what is behind.
+    "merge+early": Op(
+        ("streams", "f", "post", "res", "pre", *PARAMETERS),
+        ("merged", "u", "next_pre", "next_post", "next_res"),
+        ("grad", "du", "grad_pre", "grad_post", "grad_res"),
+        ("forward",),
+    ),
+    "early-chain": Op(
+        ("streams", "f", "post", "res", "pre", *PARAMETERS, "next_f"),
+        ("merged", "u", "next_pre"),
+        ("grad", "du", "grad_pre"),
+        ("backward",),
+    ),
     "coefficients": Op(("streams", *PARAMETERS), ("pre", "post", "res"), ("grad_pre", "grad_post", "grad_res")),
     "sinkhorn": Op(("logits",), ("res",), ("grad_res",)),
     "aggregate": Op(("streams", "pre"), ("u",), ("du",)),

@@ -25,6 +25,8 @@ SITE_ROWS = [
     ("merge+read", "forward", "merge and the next read"),
     ("site", "backward", "backward"),
     ("chain", "backward", "backward in a chain"),
+    ("merge+early", "forward", "merge and the next read, single pass"),
+    ("early-chain", "backward", "backward in a chain, single pass"),
 ]
 
 Results = dict[str, Any]

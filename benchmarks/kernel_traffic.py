@@ -49,13 +49,15 @@ def site_launches(
     """The launches of a site's forward (read and merge) and of its backward, by itself and in a chain of sites.
 
     In a chain the merge of one site and the read of the next are fused, and the backward goes over their border: it
-    writes df of the site before, and not its own.  All tensors are on the meta device.
+    writes df of the site before, and not its own.  With single-pass reads the chain's merges are read with the pre of
+    the site before.  All tensors are on the meta device.
     """
     from mhc_compile.kernels.triton_coefficients import read
     from mhc_compile.kernels.triton_launch import record
     from mhc_compile.kernels.triton_merge import merge
     from mhc_compile.kernels.triton_merge_backward import merge_backward
     from mhc_compile.kernels.triton_merge_read import merge_read
+    from mhc_compile.kernels.triton_single_pass import merge_read_early
     from mhc_compile.kernels.triton_site_backward import crosses, site_backward
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -71,15 +73,20 @@ def site_launches(
         merge(streams, f, site.post, site.res, convention.mix)
     with record(run=False) as chained:
         merge_read((streams, f, site.post, site.res), parameters, convention.mix, False, convention)
+    with record(run=False) as early:
+        merge_read_early((streams, f, site.post, site.res), site.pre, parameters, convention.mix, False, convention)
     with record(run=False) as backward:
         _, dpost, dres = merge_backward(grad, streams, f, site.post, convention.mix)
         site_backward(streams, parameters, site, convention, grad=grad, du=du, grad_post=dpost, grad_res=dres)
+    found = {"forward": forward, "in a chain": chained, "single pass": early, "backward": backward}
     if not crosses(streams, convention.mix):
-        return {"forward": forward, "in a chain": chained, "backward": backward}
+        return found
+    more = {"grad": grad, "du": du, "f": f, "before": Before(site.post, convention.rounded, dtype)}
     with record(run=False) as crossing:
-        before = Before(site.post, convention.rounded, dtype)
-        site_backward(streams, parameters, site, convention, grad=grad, du=du, f=f, before=before)
-    return {"forward": forward, "in a chain": chained, "backward": backward, "backward in a chain": crossing}
+        site_backward(streams, parameters, site, convention, **more)
+    with record(run=False) as early_crossing:
+        site_backward(streams, parameters, site, convention, **more, weights=site.pre, grad_pre=site.pre)
+    return {**found, "backward in a chain": crossing, "backward, single pass": early_crossing}
 
 
 def site_traffic(tokens: int, features: int, n: int = 4, dtype: torch.dtype = torch.bfloat16) -> dict[str, Moved]:
@@ -98,13 +105,13 @@ def report(tokens: int, n: int, bandwidth: float) -> str:
     """The table of all widths, one line a direction."""
     lines = [
         f"T = {tokens}, n = {n}, bfloat16; floors at {bandwidth / 1e12:g} TB/s",
-        f"{'C':>6s}  {'direction':20s}{'units':>6s}{'units MB':>10s}{'rest MB':>9s}{'rest':>7s}{'floor us':>10s}",
+        f"{'C':>6s}  {'direction':22s}{'units':>6s}{'units MB':>10s}{'rest MB':>9s}{'rest':>7s}{'floor us':>10s}",
     ]
     for features in WIDTHS:
         for direction, moved in site_traffic(tokens, features, n).items():
             main, rest = moved.units * moved.unit_bytes / 1e6, moved.other_bytes / 1e6
             lines.append(
-                f"{features:6d}  {direction:20s}{moved.units:6g}{main:10.1f}{rest:9.1f}{moved.other_share:7.1%}"
+                f"{features:6d}  {direction:22s}{moved.units:6g}{main:10.1f}{rest:9.1f}{moved.other_share:7.1%}"
                 f"{moved.floor_us(bandwidth):10.1f}"
             )
     return "\n".join(lines)

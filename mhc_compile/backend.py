@@ -37,15 +37,16 @@ from mhc_compile.record import Record
 ANCHOR = torch.ops.mhc.anchor.default
 
 
-def level_2(backend: str, *, across_sites: bool = True, high_priority: Set[str] = frozenset()) -> list[Pass]:
+def level_2(backend: str, *, replays: bool = False, high_priority: Set[str] = frozenset()) -> list[Pass]:
     """The passes to fused ops, of what is compiled; graphs that are looked at or exported stay on level 1.
 
-    across_sites: a merge becomes one op with the read behind it. high_priority: the sites whose merges are launched so.
+    replays: what replays without a compiler does so op by op: a merge, or an aggregate, is not made again for the sake
+    of a read. high_priority: the sites whose merges are launched so.
     """
     compiled = backend == "inductor"  # who has asked for its compilations has its first calls take seconds anyway
     first = [Pass("prioritize", True, partial(prioritize, sites=high_priority))] if high_priority else []
-    last = [Pass("fuse", False, fuse)] if across_sites else []
-    return [*first, Pass("lower", False, partial(lower, compiled=compiled)), *last]
+    last = [] if replays else [Pass("fuse", False, fuse)]
+    return [*first, Pass("lower", False, partial(lower, compiled=compiled, early=not replays)), *last]
 
 
 @dataclass
@@ -111,8 +112,7 @@ def compile_rewritten(
         history += run_passes(graph, [Pass("recompute", True, partial(tag, blocks=blocks))])
     replays = bool(blocks) and backend == "eager"
     if level == 2 or replays:
-        # What replays without a compiler does so op by op: a merge is not made again for the sake of a read.
-        history += run_passes(graph, level_2(backend, across_sites=not replays, high_priority=high_priority))
+        history += run_passes(graph, level_2(backend, replays=replays, high_priority=high_priority))
     if replays:
         return replaying(graph)
     told_apart = fingerprint() + blocks_fingerprint(blocks)  # the caches' keys do not see tags

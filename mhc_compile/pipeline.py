@@ -217,7 +217,7 @@ class _Stages:
         """The module of a stage, on its device."""
         graph = self.graphs[stage]
         replays = bool(self.blocks) and self.backend == "eager"
-        run_passes(graph.graph, level_2(self.backend, across_sites=not replays, high_priority=self.high_priority))
+        run_passes(graph.graph, level_2(self.backend, replays=replays, high_priority=self.high_priority))
         unread = () if stage else self._unread()
         made = StageModule(graph, self.model, self.whole.state, self.trained, unread)
         if stage == 0:

@@ -345,11 +345,23 @@ def _merge_read(
     return merged, *_read(merged, *rest)
 
 
+def _read_early(streams: Tensor, weights: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, *coefficients = _read(streams, *rest)
+    pre, post, res = coefficients
+    return streams.new_empty(0) if weights is None else reference.aggregate(streams, weights), pre, post, res
+
+
+def _merge_read_early(*arguments: Any) -> tuple[Tensor, ...]:
+    streams, f, _, _, post, res, transposed, rounded, *rest = arguments
+    merged = reference.merge(streams, f, post, res, transposed, rounded)
+    return merged, *_read_early(merged, *rest)
+
+
 def _constrain(logits: Tensor, kind: str, n: int) -> Tensor:
     return CONSTRAINTS[kind].res(logits, n)
 
 
-_KEEPS_MORE = (mhc.read.default, mhc.merge_read.default)
+_KEEPS_MORE = (mhc.read.default, mhc.merge_read.default, mhc.read_early.default, mhc.merge_read_early.default)
 
 
 class _OracleRun(fx.Interpreter):
@@ -367,6 +379,8 @@ class _OracleRun(fx.Interpreter):
         mhc.read.default: _read,
         mhc.merge_carried.default: _merge_carried,
         mhc.merge_read.default: _merge_read,
+        mhc.read_early.default: _read_early,
+        mhc.merge_read_early.default: _merge_read_early,
     }
 
     def __init__(self, graph: fx.GraphModule, worst: dict[str, float]) -> None:

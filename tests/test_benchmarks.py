@@ -58,6 +58,7 @@ def test_what_a_site_moves(features: int) -> None:
     moved = site_traffic(8192, features)
     assert moved["forward"].units <= 18 and moved["in a chain"].units <= 14
     assert moved["backward"].units <= 28 and moved["backward in a chain"].units <= 24
+    assert moved["single pass"].units <= 10 and moved["backward, single pass"].units <= 24
     assert all(one.other_share < 0.06 for one in moved.values())
     assert moved["forward"].bytes == pytest.approx(moved["forward"].units * 8192 * features * 2, rel=0.06)
 
@@ -99,9 +100,9 @@ def test_floors() -> None:
     moved = site_traffic(8192, 2560)["forward"]
     assert moved.floor_us(4e12) == pytest.approx((18 * 8192 * 2560 * 2 + moved.other_bytes) / 4e6)
     lines = report(8192, 4, 4e12).splitlines()
-    assert len(lines) == 2 + 4 * 4 and any(line.split()[:3] == ["2560", "backward", "28"] for line in lines)
+    assert len(lines) == 2 + 4 * 6 and any(line.split()[:3] == ["2560", "backward", "28"] for line in lines)
     assert any(line.split()[:6] == ["2560", "backward", "in", "a", "chain", "24"] for line in lines)
-    assert len(report(8192, 8, 4e12).splitlines()) == 2 + 4 * 3  # more than four streams do not cross
+    assert len(report(8192, 8, 4e12).splitlines()) == 2 + 4 * 4  # more than four streams do not cross
 
 
 # --- a run without a GPU ----------------------------------------------------------------------------------
@@ -135,6 +136,8 @@ def test_everything_but_the_timing(tmp_path: Path) -> None:
     assert rows["mhc_compile", "site", "forward"]["bytes"] > 0
     across, alone = (rows[f"mhc_compile{name}", "chain", "backward"] for name in ("", " (site by site)"))
     assert across["errors"].keys() == {"df", "dphi", "dalpha", "dbias"} and across["bytes"] < alone["bytes"]
+    early = rows["mhc_compile", "early-chain", "backward"]["errors"]
+    assert early.keys() == {"df", "dpre", "dphi", "dalpha", "dbias"}
     assert alone["errors"].keys() == {"dnext_f", "dphi", "dalpha", "dbias"} and max(alone["errors"].values()) < 1e-5
     # A peer that is not there is named with its reason, one that refuses a shape with its own.
     note = results["implementations"]["tile-kernels"]
@@ -161,7 +164,7 @@ def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
         chosen("headlines")
     with pytest.raises(SystemExit):
         kernel_times.main(["--dry", "--ops", "site,mix"])
-    assert "--ops mix: legal are site, merge+read, chain, coefficients" in capsys.readouterr().err
+    assert "--ops mix: legal are site, merge+read, chain, merge+early, early-chain, coeff" in capsys.readouterr().err
 
 
 def test_the_session_script_names_shapes_that_there_are() -> None:

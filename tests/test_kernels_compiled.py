@@ -30,7 +30,9 @@ from mhc_compile.kernels.triton_launch import Launch, record
 from mhc_compile.kernels.triton_merge import merge
 from mhc_compile.kernels.triton_merge_backward import merge_backward
 from mhc_compile.kernels.triton_merge_read import merge_read
+from mhc_compile.kernels.triton_products import read_products
 from mhc_compile.kernels.triton_replay import replay_block
+from mhc_compile.kernels.triton_single_pass import merge_read_early
 from mhc_compile.kernels.triton_sinkhorn import sinkhorn, sinkhorn_backward
 from mhc_compile.kernels.triton_site_backward import crosses, site_backward
 from mhc_compile.kernels.triton_traffic import table, traffic
@@ -83,8 +85,25 @@ def across(n: int, dtype: torch.dtype, convention: Convention, t: int = TOKENS, 
     return launches
 
 
+def early(n: int, dtype: torch.dtype, convention: Convention, t: int = TOKENS, c: int = FEATURES) -> list[Launch]:
+    """The same, with the weights that the state is read with known before."""
+    k = convention.columns(n)
+    parameters = meta(n * c, k), meta(convention.groups), meta(k)
+    streams, f = meta(t, n, c, dtype=dtype), meta(t, c, dtype=dtype)
+    merging = streams, f, meta(t, n), None if convention.mix == "identity" else meta(t, n, n)
+    with record(run=False) as launches:
+        merge_read_early(merging, meta(t, n), parameters, convention.mix, convention.rounded, convention)
+    return launches
+
+
 def chained(
-    n: int, dtype: torch.dtype, convention: Convention, t: int = TOKENS, c: int = FEATURES, tapped: bool = False
+    n: int,
+    dtype: torch.dtype,
+    convention: Convention,
+    t: int = TOKENS,
+    c: int = FEATURES,
+    tapped: bool = False,
+    weights: bool = False,
 ) -> list[Launch]:
     """The backward of one site in a chain of sites, with df of the site before."""
     k, rounds = convention.columns(n), convention.rounded
@@ -96,7 +115,8 @@ def chained(
     given = {} if site.post is None else {"grad": streams, "f": u}
     with record(run=False) as launches:
         before, tap = Before(meta(t, n), rounds, dtype), streams if tapped else None
-        site_backward(streams, parameters, site, convention, **given, du=u, tap=tap, before=before)
+        read_with = {"weights": meta(t, n), "grad_pre": meta(t, n)} if weights else {}
+        site_backward(streams, parameters, site, convention, **given, du=u, tap=tap, before=before, **read_with)
     return launches
 
 
@@ -144,8 +164,9 @@ def check_instructions(found: dict[str, Compiled], target: Target, streams: dict
             assert result.count(wide) >= streams[name], name
     products = {"gfx942": r"v_mfma", "80": r"mma\.sync", "90": r"wgmma\.mma_async", "100": r"tcgen05\.mma|mma\.sync"}
     copied = r"_load_dwordx4" if target.is_amd else r"cp\.async\.c[ag]\.shared\.global.*, 0x10"
-    for name in found.keys() & {"project", "merge_project", "streams_backward"}:
-        assert found[name].count(products[target.name] if "project" in name else r"mma\.sync|v_mfma") > 0, name
+    for name in found.keys() & {"project", "merge_project", "merge_read_early", "streams_backward"}:
+        pattern = r"mma\.sync|v_mfma" if name == "streams_backward" else products[target.name]
+        assert found[name].count(pattern) > 0, name
         assert found[name].count(copied) >= 3, name
 
 
@@ -191,7 +212,37 @@ def test_across_sites_in_other_forms(on: Callable[[Target], None]) -> None:
 
 def test_two_launches_a_site_when_decoding() -> None:
     for t in (1, 16):
-        assert [launch.name for launch in across(4, torch.bfloat16, DEEPSEEK_V4, t)] == ["merge_project", "finish"]
+        for launches in (across(4, torch.bfloat16, DEEPSEEK_V4, t), early(4, torch.bfloat16, DEEPSEEK_V4, t)):
+            assert [launch.name for launch in launches] == ["merge_project", "finish"]
+
+
+@pytest.mark.parametrize("target", [A100, H200, B200, MI300], ids=lambda t: t.name)
+def test_a_merge_and_an_early_read_are_one_launch(target: Target, on: Callable[[Target], None]) -> None:
+    on(target)
+    launches = early(4, torch.bfloat16, PAPER)
+    assert [launch.name for launch in launches] == ["merge_read_early"]
+    check_instructions(compiled(launches, target), target, READS)
+
+
+def test_early_reads_in_other_forms(on: Callable[[Target], None]) -> None:
+    on(H200)
+    for n, dtype, convention, t in [
+        (4, torch.float16, DEEPSEEK_V4, TOKENS),
+        (4, torch.float32, PAPER, TOKENS),
+        (3, torch.bfloat16, HUNYUAN_V4, TOKENS),
+        (4, torch.bfloat16, PAPER, 1024),
+    ]:
+        launches = some(early(n, dtype, convention, t), "merge_read_early", "merge_project")
+        check_instructions(compiled(launches, H200), H200, {})
+
+
+def test_the_products_of_a_read_alone(on: Callable[[Target], None]) -> None:
+    """Of a site whose merge has made all else."""
+    on(H200)
+    for n in (4, 16):
+        with record(run=False) as launches:
+            read_products(meta(TOKENS, FEATURES, dtype=torch.bfloat16), meta(TOKENS, n, FEATURES, dtype=torch.bfloat16))
+        check_instructions(compiled(launches, H200), H200, {"products": 1 + n})
 
 
 @pytest.mark.parametrize("target", [A100, H200, B200, MI300], ids=lambda t: t.name)
@@ -371,6 +422,8 @@ def test_number_of_tokens_is_no_constant() -> None:
 
     assert constants(4096) == constants(8192) == constants(100_000)
     assert constants(64) == constants(2048)
+    (one,), (other,) = (early(4, torch.bfloat16, PAPER, t) for t in (8192, 100_000))
+    assert all(one.arguments[p.name] == other.arguments[p.name] for p in one.kernel.params if p.is_constexpr)
 
 
 def test_fusion_of_multiply_and_add_is_asked_for() -> None:
@@ -396,6 +449,19 @@ def test_traffic_across_sites(features: int) -> None:
     rows = traffic(across(4, torch.bfloat16, PAPER, TOKENS, features), TOKENS, features)
     assert rows[-1].units == 14, table(rows)
     assert rows[-1].other_bytes < 0.06 * 14 * TOKENS * features * 2, table(rows)
+
+
+@pytest.mark.parametrize(("tokens", "share"), [(TOKENS, 0.02), (2048, 0.11)])
+@pytest.mark.parametrize("features", [1280, 2560, 7168])
+def test_traffic_of_early_reads(features: int, tokens: int, share: float) -> None:
+    """10 units forward, in one launch or two, and 24 backward."""
+    launches = early(4, torch.bfloat16, PAPER, tokens, features)
+    rows = traffic(launches, tokens, features)
+    assert rows[-1].units == 10 and (rows[0] if len(launches) == 1 else rows[-3]).units == 10, table(rows)
+    assert rows[-1].other_bytes < share * 10 * tokens * features * 2, table(rows)
+    back = traffic(chained(4, torch.bfloat16, PAPER, tokens, features, weights=True), tokens, features)
+    found = {row.name: (row.read, row.written) for row in back}
+    assert back[-1].units == 24 and found["products"] == (10, 0) and found["streams_backward"] == (9, 5)
 
 
 @pytest.mark.parametrize(("features", "share"), [(1280, 0.05), (2560, 0.04), (7168, 0.025)])

@@ -19,7 +19,8 @@ pytest.importorskip("triton")
 from kernel_lanes import INTERPRETED
 
 TESTS = Path(__file__).parent
-FILES = [f"test_kernels_{family}.py" for family in ("streams", "sinkhorn", "coefficients", "site", "chain", "ops")]
+FAMILIES = ("streams", "sinkhorn", "coefficients", "site", "chain", "early", "ops")
+FILES = [f"test_kernels_{family}.py" for family in FAMILIES]
 
 
 @pytest.mark.slow

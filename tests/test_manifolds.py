@@ -462,7 +462,10 @@ def test_explain_and_history_say_what_has_no_kernel() -> None:
         assert any("4 sites are not fused" in note and words in note for note in notes), notes
         assert any(words in note for note in explain(model, x).notes)
     notes = explain(*tower(single_pass=True)).notes
-    assert any("4 states are read with the pre of the site before" in note for note in notes)
+    assert "3 sites read with the pre of the site before" in notes
+    assert "3 merges are read with the pre of the site before in the same launch" in notes
+    wide = explain(*tower(single_pass=True, n=5)).notes
+    assert "3 reads with the pre of the site before are launches of their own: above 4 streams" in wide
     assert not any("not fused" in note for note in explain(*tower(constraint="identity")).notes)
 
 

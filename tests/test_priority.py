@@ -114,10 +114,13 @@ def kernels() -> dict[str, Callable[[], Any]]:
         "merge backward": lambda: triton_ops.branch_backward(streams, streams, f, post, "given", False),
         "merge and read": lambda: triton_ops.merge_read(streams, f, post, res, False, False, parameters, PAPER),
         "backward of both": lambda: triton_ops.chain_backward(grads, f, streams, before, kept, PAPER, True),
+        "merge and early read": lambda: triton_ops.merge_read_early(
+            streams, f, post, res, False, False, pre, parameters, PAPER
+        ),
     }
 
 
-@pytest.mark.parametrize("name", ["merge", "merge backward", "merge and read", "backward of both"])
+@pytest.mark.parametrize("name", ["merge", "merge backward", "merge and read", "backward of both", "merge and early read"])
 def test_every_launch_forks_and_joins_and_nothing_is_allocated_in_between(name: str, log: list[str]) -> None:
     call = kernels()[name]
     log.clear()
@@ -192,11 +195,20 @@ def merges() -> dict[str, Callable[[bool], list[Tensor]]]:
 
         return run(sites, streams, f, f2, phi, alpha, bias)
 
+    def early(high: bool) -> list[Tensor]:
+        def sites(x: Tensor, f: Tensor, f2: Tensor, *parameters: Tensor) -> Tensor:
+            _, pre, post, res, carrier = site_ops.read(x, *parameters, 1e-6, 3)
+            given = (x, f, carrier, None, post, res, False, False, pre, *parameters, 1e-6, 3)
+            x, u, _, post, res, carrier, *_ = mhc.merge_read_early(*given, high_priority=high)
+            return site_ops.merge_carried(x, f2 + u, carrier, post, res)
+
+        return run(sites, streams, f, f2, phi, alpha, bias)
+
     torch.manual_seed(1)
-    return {"merge": level_1, "merge_carried": carried, "merge_read": across}
+    return {"merge": level_1, "merge_carried": carried, "merge_read": across, "merge_read_early": early}
 
 
-@pytest.mark.parametrize("name", ["merge", "merge_carried", "merge_read"])
+@pytest.mark.parametrize("name", ["merge", "merge_carried", "merge_read", "merge_read_early"])
 def test_an_op_asks_for_it_and_its_backward_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, bool]] = []
 
@@ -225,8 +237,10 @@ def test_an_op_asks_for_it_and_its_backward_too(name: str, monkeypatch: pytest.M
     by_name = {kind: [high for function, high in asked if function == kind] for kind in usual}
     backward = "merge_backward" if name == "merge" else "branch_backward"
     assert by_name["merge"][0] and by_name[backward][-1]
-    if name == "merge_read":
-        assert not by_name["merge"][1] and not by_name[backward][0] and not any(by_name["read_backward"])
+    if name.startswith("merge_read"):
+        assert not by_name["merge"][1] and not by_name[backward][0]
+        # The backward of a single-pass read makes df of the merge too, in one op; the others' are two where none crosses.
+        assert by_name["read_backward"] == [name == "merge_read_early", False]
     assert not priority._wanted.now
 
 
@@ -280,6 +294,7 @@ OPS = [
     ({}, "*", ["merge_read", "merge_carried"]),
     ({"recompute": 1}, "first", ["merge_carried"]),
     ({"constraint": "lite"}, ["second"], ["merge"]),
+    ({"single_pass": True}, "*", ["merge_read_early", "merge_carried"]),
 ]
 
 

@@ -143,7 +143,8 @@ class Before:
 class SiteGradients:
     """What the backward of a site gives; streams in their own dtype, the parameters in float32.
 
-    ``f``: for the branch of the merge before, where the site's last pass made that too.
+    ``f``: for the branch of the merge before, where the site's last pass made that too.  ``weights``: of what u was
+    read with, where that is not the site's own pre.
     """
 
     streams: Tensor
@@ -151,3 +152,4 @@ class SiteGradients:
     alpha: Tensor
     bias: Tensor
     f: Tensor | None = None
+    weights: Tensor | None = None

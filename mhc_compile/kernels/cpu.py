@@ -45,22 +45,23 @@ Body = Callable[..., Any]
 
 
 def read(
-    streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, convention: Convention
+    streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, convention: Convention, aggregates: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`mhc_compile.kernels.site_plain.read`."""
     *lead, n, features = streams.shape
     body = _compiled(_Coefficients(n, convention), phi.dtype) if _iterates(streams, convention) else None
     if body is None:
-        return site_plain.read(streams, phi, alpha, bias, convention)
+        return site_plain.read(streams, phi, alpha, bias, convention, aggregates)
     tokens, (width, columns) = math.prod(lead), phi.shape
-    x, u = streams.reshape(tokens, width), streams.new_empty((*lead, features))
+    x, u = streams.reshape(tokens, width), streams.new_empty((*lead, features) if aggregates else 0)
     tiles = []
     for t in plain._tiles(tokens, streams):
         xt = x[t].to(phi.dtype)
         norm = torch.linalg.vector_norm(xt, dim=1).mul_(width**-0.5)
         made = body(_blocks(plain._product(xt, phi)), _blocks(norm, 1.0), alpha, bias)
         tiles.append([_tokens(one, axis, len(xt)) for one, axis in zip(made, _TOKEN_AXES, strict=True)])
-        plain._mix(tiles[-1][0].unsqueeze(1), xt.view(-1, n, features), u.view(tokens, 1, features)[t])
+        if aggregates:
+            plain._mix(tiles[-1][0].unsqueeze(1), xt.view(-1, n, features), u.view(tokens, 1, features)[t])
     pre, post, res, z, r = (
         (one[0] if len(one) == 1 else torch.cat(one, axis)).contiguous()
         for one, axis in zip(zip(*tiles, strict=True), _TOKEN_AXES, strict=True)

@@ -85,7 +85,7 @@ def merge_read(
 _HIGH = 11  # where `high_priority` stands, behind the arguments of a read
 
 
-def _is_high(variant: Sequence[Any]) -> bool:
+def is_high(variant: Sequence[Any]) -> bool:
     return len(variant) > _HIGH and bool(variant[_HIGH])
 
 
@@ -123,7 +123,7 @@ def _merge_read(
     arguments.check_coefficients(streams, phi, alpha, bias, convention)
     merging, parameters = (streams, f, post, res, res_transposed, res_rounded), (phi, alpha, bias)
     chosen = kernels(streams, is_compiled(variant))
-    with _no_autocast(streams), on_high_priority(_is_high(variant)):
+    with _no_autocast(streams), on_high_priority(is_high(variant)):
         if hasattr(chosen, "merge_read"):
             merged, *coefficients, z, r = chosen.merge_read(*merging, parameters, convention)
         else:  # on a CPU nothing is saved by crossing
@@ -195,10 +195,10 @@ def _merge_read_backward(
     grads = (grad_u, grad_pre, grad_post, grad_res, grad_merged)
     kept = (streams, phi, alpha, bias, pre, post, res, z, r)
     chosen, convention = kernels(streams, is_compiled(variant)), convention_of(variant)
-    with _no_autocast(streams), on_high_priority(_is_high(variant)):
+    with _no_autocast(streams), on_high_priority(is_high(variant)):
         if crosses(chosen, streams, "given"):
             before = Before(gains, gains_rounded, branch_dtype)
-            return chosen.chain_backward(grads, f, tap, before, kept, convention, True)
+            return chosen.chain_backward(grads, f, tap, before, kept, convention, True)[:5]
         grads = with_products(chosen, grads, f, streams, post, convention)
         grad, *parameters = chosen.read_backward(*grads, *kept, convention, True)
         grad = grad if tap is None else grad + tap
@@ -263,7 +263,7 @@ def _merge_read_vjp(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...
         before = (post, ctx.rounded, f.dtype)
         grad, *parameters, df = _merge_read_backward(*upstream, tap, *kept, *before, *ctx.variant)
         return None, df, grad, f, None, None, *flags, *parameters, *rest
-    of_read, how = ctx.variant[:_HIGH], (is_compiled(ctx.variant), _is_high(ctx.variant))
+    of_read, how = ctx.variant[:_HIGH], (is_compiled(ctx.variant), is_high(ctx.variant))
     grad, *parameters = _read_backward(*upstream, *kept, wants, *of_read)
     if not wants:
         return *(None,) * 6, *flags, *parameters, *rest

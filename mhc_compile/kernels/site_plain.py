@@ -17,16 +17,19 @@ from mhc_compile.kernels.convention import Convention
 
 
 def read(
-    streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, convention: Convention
+    streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, convention: Convention, aggregates: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """u, pre, post and res, and for the backward ``z = vec(X) @ phi`` [columns, ...] and r [...]."""
+    """u, pre, post and res, and for the backward ``z = vec(X) @ phi`` [columns, ...] and r [...].
+
+    Unless it ``aggregates``, u is empty.
+    """
     *lead, n, features = streams.shape
     tokens, (width, columns) = math.prod(lead), phi.shape
     x = streams.reshape(tokens, width)
-    u = streams.new_empty((*lead, features))
+    u = streams.new_empty((*lead, features) if aggregates else 0)
     pre, post, res = plain.empty_coefficients(phi, lead, n, convention.groups)
     z, r = phi.new_empty((columns, *lead)), phi.new_empty(lead)
-    z_t, r_t, pre_t, u_t = z.view(columns, tokens), r.view(tokens), pre.view(tokens, n), u.view(tokens, 1, features)
+    z_t, r_t, pre_t, u_t = z.view(columns, tokens), r.view(tokens), pre.view(tokens, n), u.view(-1, 1, features)
     scale = plain.per_column(alpha, n)
     for t in plain._tiles(tokens, streams):
         xt = x[t].to(phi.dtype)
@@ -34,7 +37,8 @@ def read(
         z_t[:, t].copy_(zt.t())
         r_t[t].copy_(rt[:, 0])
         torch.sigmoid(torch.addcmul(bias[:n], zt[:, :n] / rt, scale[:n]), out=pre_t[t]).add_(convention.pre_eps)
-        plain._mix(pre_t[t].unsqueeze(1), xt.view(-1, n, features), u_t[t])
+        if aggregates:
+            plain._mix(pre_t[t].unsqueeze(1), xt.view(-1, n, features), u_t[t])
     if convention.post:
         rest = _logits(z_t[n:], r_t, scale[n:], bias[n:])
         opened = rest[:n].sigmoid_().mul_(convention.post_scale).add_(convention.post_eps)

@@ -22,6 +22,7 @@ from mhc_compile.kernels.triton_merge import merge as _merge
 from mhc_compile.kernels.triton_merge_backward import merge_backward as _merge_backward
 from mhc_compile.kernels.triton_merge_read import merge_read as _merge_read
 from mhc_compile.kernels.triton_replay import replay_block as _replay_block
+from mhc_compile.kernels.triton_single_pass import merge_read_early as _merge_read_early
 from mhc_compile.kernels.triton_sinkhorn import sinkhorn as _sinkhorn
 from mhc_compile.kernels.triton_sinkhorn import sinkhorn_backward as _sinkhorn_backward
 from mhc_compile.kernels.triton_site_backward import crosses, site_backward
@@ -136,7 +137,7 @@ def read_backward(
     """As ``site_plain.read_backward``."""
     grads = (grad_u, grad_pre, grad_post, grad_res, grad_merged)
     kept = (streams, phi, alpha, bias, pre, post, res, z, r)
-    dx, dphi, dalpha, dbias, _ = chain_backward(grads, None, None, None, kept, convention, wants_streams)
+    dx, dphi, dalpha, dbias, *_ = chain_backward(grads, None, None, None, kept, convention, wants_streams)
     assert dx is not None and dphi is not None and dalpha is not None and dbias is not None
     return dx, dphi, dalpha, dbias
 
@@ -149,11 +150,13 @@ def chain_backward(
     kept: tuple[Tensor, ...],
     convention: Convention,
     wants_streams: bool,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """As ``read_backward``, and df of the merge ``before``, for streams that :func:`crosses` is true of.
 
     ``grads`` and ``kept`` are the arguments of ``read_backward``.  ``f`` is what the site's branch gave, where its
-    merge left dpost and dres to this; ``tap`` is what else the streams received.
+    merge left dpost and dres to this; ``tap`` is what else the streams received.  ``weights`` are what u was read with,
+    where that is not pre; their gradient is the last of what is given.
     """
     grad_u, grad_pre, grad_post, grad_res, grad_merged = grads
     streams, phi, alpha, bias, *rest = kept
@@ -171,8 +174,10 @@ def chain_backward(
         f=f,
         tap=tap,
         before=before,
+        weights=weights,
     )
-    return got.streams if wants_streams else streams.new_empty(0), got.phi, got.alpha, got.bias, got.f
+    dx = got.streams if wants_streams else streams.new_empty(0)
+    return dx, got.phi, got.alpha, got.bias, got.f, got.weights
 
 
 def _site(kept: Sequence[Tensor], convention: Convention) -> Coefficients:
@@ -197,6 +202,33 @@ def merge_read(
     """The merged streams, and what ``read`` gives for them, in two launches."""
     mix, lead = _mix(res, transposed), streams.shape[:-2]
     merged, u, site = _merge_read((streams, f, post, res), parameters, mix, rounded, convention)
+    return merged, u, *_filled(site), site.z.view(-1, *lead), site.r.view(lead)
+
+
+def read_early(
+    streams: Tensor, weights: Tensor | None, phi: Tensor, alpha: Tensor, bias: Tensor, convention: Convention
+) -> tuple[Tensor, ...]:
+    """As ``read``, with u by these weights, or an empty one."""
+    site, lead = _coefficients(streams, phi, alpha, bias, convention), streams.shape[:-2]
+    u = streams.new_empty(0) if weights is None else aggregate(streams, weights)
+    return u, *_filled(site), site.z.view(-1, *lead), site.r.view(lead)
+
+
+def merge_read_early(
+    streams: Tensor,
+    f: Tensor,
+    post: Tensor,
+    res: Tensor | None,
+    transposed: bool,
+    rounded: bool,
+    weights: Tensor | None,
+    parameters: tuple[Tensor, Tensor, Tensor],
+    convention: Convention,
+) -> tuple[Tensor, ...]:
+    """The merged streams, and what ``read_early`` gives for them, in one launch or two."""
+    mix, lead = _mix(res, transposed), streams.shape[:-2]
+    merged, u, site = _merge_read_early((streams, f, post, res), weights, parameters, mix, rounded, convention)
+    u = streams.new_empty(0) if u is None else u
     return merged, u, *_filled(site), site.z.view(-1, *lead), site.r.view(lead)
 
 

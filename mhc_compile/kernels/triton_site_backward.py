@@ -12,6 +12,11 @@ and in a chain of sites, where the last pass of the next site has made df alread
     coefficients_backward   these      -> d, pull                      a few numbers a token
     streams_backward        G, du, X   -> dX, dphi, dalpha, dbias, and df of the site before
 
+With single-pass reads, where u was read with the pre of the site before, the same passes give that its gradient:
+``<du, X_i>`` of `products` goes there and not to the site's own pre, whose gradient the site behind this one has given,
+and du comes into dX with those weights.  The units are the same.  Where `merge_backward` has run, du has a pass of its
+own, `products` of du and X alone.
+
 The product ``sum_i res_ij G_i`` is never in memory by itself.  :func:`site_backward` is all but ``merge_backward``.
 """
 
@@ -22,6 +27,8 @@ from torch import Tensor
 
 from mhc_compile.errors import ConfigError, wrong
 from mhc_compile.kernels.convention import Before, Coefficients, Convention, SiteGradients
+
+_Sums = tuple[Tensor | None, Tensor | None, Tensor | None]  # the gradients of pre, post and res
 
 
 def crosses(streams: Tensor, mix: str) -> bool:
@@ -49,6 +56,7 @@ def site_backward(
     f: Tensor | None = None,
     tap: Tensor | None = None,
     before: Before | None = None,
+    weights: Tensor | None = None,
     packed: Tensor | None = None,
 ) -> SiteGradients:
     """The gradients of streams [..., n, C], phi [n C, columns], alpha and bias.
@@ -63,11 +71,14 @@ def site_backward(
     nobody has run ``merge_backward``; ``grad_post`` and ``grad_res`` are then what else post and res received.
     ``tap`` [..., n, C] is what else the streams received.  ``before`` is the merge that made the streams; the gradients
     then have one for its branch, too.
+
+    ``weights`` [..., n] is what u was read with, if that is not the site's own pre; the gradients have one for it, too.
     """
     from mhc_compile.kernels.triton_coefficients import check_parameters
     from mhc_compile.kernels.triton_coefficients_backward import coefficients_backward
     from mhc_compile.kernels.triton_launch import check, check_streams
     from mhc_compile.kernels.triton_phi_backward import add_shares, phi_shares
+    from mhc_compile.kernels.triton_products import products, read_products
     from mhc_compile.kernels.triton_project import pack
     from mhc_compile.kernels.triton_streams_backward import streams_backward
     from mhc_compile.kernels.triton_wide_backward import wide_backward
@@ -76,22 +87,31 @@ def site_backward(
     _check_chain(convention, n, grad, f, (tap, before))
     lead, phi = tuple(streams.shape[:-2]), parameters[0]
     alpha, _ = check_parameters(streams, *parameters, convention)
+
     def checked(name: str, tensor: Tensor | None, legal: str, *shape: int) -> Tensor | None:
         return None if tensor is None else check(name, tensor, legal, (*lead, *shape), streams, streams.dtype)
 
     grad, tap = (checked(*each, "[..., n, C]", n, features) for each in (("grad", grad), ("tap", tap)))
     du = checked("du", du, "[..., C]", features)
+    if weights is not None:
+        weights = check("weights", weights, "[..., n]", (*lead, n), streams, torch.float32)
     streams = streams.contiguous()
+    others, dweights = (grad_pre, grad_post, grad_res), None
     if f is None or grad is None:
-        to_sum, given = du, (grad_pre, grad_post, grad_res)
+        to_sum, given = du, others
+        if weights is not None and du is not None:
+            to_sum, dweights = None, read_products(du, streams)
     else:
-        to_sum, given = None, _with_products((grad_pre, grad_post, grad_res), grad, du, streams, f, convention)
+        found = products(grad, du, streams, f, convention.transposed)
+        if weights is not None:
+            dweights, found = found[0], (None, *found[1:])
+        to_sum, given = None, _added(others, found)
     d, pull = coefficients_backward(streams, to_sum, *given, parameters, site, convention)
     reads = {
         "grad": grad,
         "du": du,
         "streams": streams,
-        "pre": site.pre,
+        "pre": site.pre if weights is None else weights,
         "res": site.res if grad is not None else None,
         "d": d,
         "pull": pull,
@@ -106,7 +126,7 @@ def site_backward(
         dx, df = wide_backward(reads, convention.mix, convention.rounded), None
         dphi, sums = phi_shares(streams, d, site.z, site.r, alpha)
     turned = phi.t().is_contiguous() and not phi.is_contiguous()
-    return SiteGradients(dx, *add_shares(dphi, sums, n, convention.groups, turned), df)
+    return SiteGradients(dx, *add_shares(dphi, sums, n, convention.groups, turned), df, dweights)
 
 
 def _check_chain(
@@ -121,17 +141,7 @@ def _check_chain(
         raise ConfigError(wrong("site_backward", found, "up to 4 streams with these", "ask `crosses` first"))
 
 
-def _with_products(
-    others: tuple[Tensor | None, Tensor | None, Tensor | None],
-    grad: Tensor,
-    du: Tensor | None,
-    streams: Tensor,
-    f: Tensor,
-    convention: Convention,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _added(others: _Sums, found: _Sums) -> _Sums:
     """The gradients of pre, post and res: what others sent, and what the streams give."""
-    from mhc_compile.kernels.triton_products import products
-
-    found = products(grad, du, streams, f, convention.transposed)
     pre, post, res = (b if a is None else a if b is None else a + b for a, b in zip(others, found, strict=True))
     return pre, post, res

@@ -390,7 +390,7 @@ class _KeptBytes:
     def _fused(self) -> set[fx.Node]:
         """The trained sites that will run as a `read`, which keeps its coefficients, and z and r beside them."""
         lowered, found = copy_graph(self.model.graph), set()
-        lower(lowered)
+        lower(lowered, early=False)
         for site, other in zip(self.model.sites, Layout(lowered.graph).sites, strict=True):
             if other.read.target is mhc.read.default and site.read in self.model.run.trained:
                 _, pre, post, res, *_, z, r = other.read.meta["val"]

@@ -3,6 +3,8 @@
     X' = merge_carried(X, f, carrier, post, res)                 X', u', ..., carrier' = merge_read(X, f, carrier, post,
     u', pre', post', res', carrier' = read(X', phi', ...)                                           res, phi', ...)
 
+and in the same way `read_early` becomes part of `merge_read_early` (`kernels.single_pass_ops`).
+
 This is what no library of modules can do: the two belong to different layers. It applies where the next site, or a
 head, reads exactly what a site merged; whoever else reads X' (a tap) reads it from the new op. An op on the trunk
 between the sites, a border of recomputed blocks, or a change of grad mode between them leaves both as they are.
@@ -20,7 +22,8 @@ from typing import Any
 import torch
 from torch import fx
 
-import mhc_compile.kernels.cross_site_ops  # noqa: F401 - registers the op
+import mhc_compile.kernels.cross_site_ops
+import mhc_compile.kernels.single_pass_ops  # noqa: F401 - both register ops
 from mhc_compile.passes.dataflow import Dataflow
 from mhc_compile.passes.emit import Emitter
 from mhc_compile.passes.history import Outcome
@@ -28,23 +31,35 @@ from mhc_compile.passes.lower import priority
 
 mhc = torch.ops.mhc
 
+FUSED: dict[Any, Any] = {mhc.read.default: mhc.merge_read.default, mhc.read_early.default: mhc.merge_read_early.default}
+
 
 def fuse(gm: fx.GraphModule) -> Outcome:
     """Fuse every pair of sites of `gm` that fits, in place; a note for the sites that read something else."""
-    reads = list(gm.graph.find_nodes(op="call_function", target=mhc.read.default))
+    reads = [node for node in gm.graph.nodes if node.target in FUSED]
     merges = list(gm.graph.find_nodes(op="call_function", target=mhc.merge_carried.default))
     if not reads or not merges:
         return Outcome(False)
     flow, emitter = Dataflow(gm.graph), Emitter(gm.graph)
     pairs = [pair for read in reads if (pair := match(read, flow)) is not None]
+    early_notes = _early_note([pair for pair in pairs if pair.read.target is mhc.read_early.default])
     for pair in pairs:
         _rewrite(emitter, pair)
-    for both in gm.graph.find_nodes(op="call_function", target=mhc.merge_read.default):
+    for both in [node for node in gm.graph.nodes if node.target in FUSED.values()]:
         _carry_branch(emitter, both)
     gm.recompile()
     alone = len(reads) - len(pairs)
     note = f"{len(pairs)} of {len(reads)} reads fused with the merge before them; {alone} read something else"
-    return Outcome(bool(pairs), (note,))
+    return Outcome(bool(pairs), (note, *early_notes))
+
+
+def _early_note(early: list[Pair]) -> list[str]:
+    """Of fused reads with the pre of the site before: what their kernels are."""
+    wide = sum(pair.merge.meta["val"].shape[-2] > 4 for pair in early)
+    notes = [f"{len(early) - wide} merges are read with the pre of the site before in the same launch"]
+    if wide:
+        notes.append(f"{wide} reads with the pre of the site before are launches of their own: above 4 streams")
+    return notes[len(early) == wide :]
 
 
 @dataclass(frozen=True)
@@ -61,7 +76,7 @@ def match(read: fx.Node, flow: Dataflow) -> Pair | None:
     merge: Any = read.args[0]
     if not isinstance(merge, fx.Node) or merge.target is not mhc.merge_carried.default:
         return None
-    if any(user.target is mhc.read.default and user is not read for user in merge.users):
+    if any(user.target in FUSED and user is not read for user in merge.users):
         return None  # two sites read it: each would need the merge
     f: Any = merge.args[1]
     if flow.is_mutated(merge) or flow.is_mutated(f) or _border(merge, read):
@@ -86,7 +101,7 @@ def _rewrite(emitter: Emitter, pair: Pair) -> None:
     flags = [*flags, False, False][:2]
     with graph.inserting_before(pair.place):
         given = (streams, f, carrier, None, post, res, *flags, *read.args[1:])
-        both = emitter.call(mhc.merge_read.default, *given, like=read, **priority(merge))
+        both = emitter.call(FUSED[read.target], *given, like=read, **priority(merge))
         outputs: list[Any] = [emitter.call(operator.getitem, both, place, like=read) for place in range(9)]
     if "mhc_site" in read.meta:
         both.meta["mhc_site"] = read.meta["mhc_site"]
@@ -102,7 +117,7 @@ def _rewrite(emitter: Emitter, pair: Pair) -> None:
 
 
 # Of the ops that give a site's coefficients: which of their outputs the first of these is.
-_FIRST = {mhc.read.default: 2, mhc.merge_read.default: 3}  # post, res, the carrier, the carrier of f
+_FIRST = {target: place for pair in FUSED.items() for place, target in enumerate(pair, 2)}  # post, res, both carriers
 
 
 def _carry_branch(emitter: Emitter, both: fx.Node) -> None:

@@ -7,6 +7,10 @@
     f = F(u)                                       f = F(u)
     X' = merge(X, f, post, res)                    X' = merge_carried(X, f, carrier, post, res)
 
+With single-pass reads the aggregate of X is not by its own pre but by w, that of the site before, and becomes part of
+
+    u = aggregate(X, w)                            u, pre, post, res, carrier = read_early(X, w, ...)
+
 A site without mixing has no Sinkhorn, and a head is coefficients and an aggregate alone. A site is matched by its
 values alone, from its coefficients on. Whoever else reads X, pre, post or res goes on reading it. What does not fit
 stays on level 1, which is always right, and a note says why.
@@ -16,12 +20,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
+import mhc_compile.kernels.single_pass_ops
 import mhc_compile.kernels.site_ops  # noqa: F401 - registers the ops of both levels
 from mhc_compile.passes.dataflow import Dataflow
 from mhc_compile.passes.emit import Emitter
@@ -43,7 +48,10 @@ UNREAD = "no aggregate reads its streams with its pre"
 
 @dataclass(frozen=True)
 class SiteOps:
-    """The level-1 ops of one site; `pre` and `post` are the nodes that hold those outputs of `coefficients`."""
+    """The level-1 ops of one site; `pre` and `post` are the nodes that hold those outputs of `coefficients`.
+
+    `aggregates` are by its own pre; where there are none, `early` are those by another weight, the same for all.
+    """
 
     coefficients: fx.Node
     pre: tuple[fx.Node, ...]
@@ -51,31 +59,40 @@ class SiteOps:
     sinkhorn: fx.Node | None
     aggregates: tuple[fx.Node, ...]
     merges: tuple[fx.Node, ...]
+    early: tuple[fx.Node, ...] = ()
+
+    @property
+    def is_early(self) -> bool:
+        """Nobody reads its streams by its own pre, which is for the site behind it."""
+        return not self.aggregates
 
 
-def lower(gm: fx.GraphModule, compiled: bool = False) -> Outcome:
+def lower(gm: fx.GraphModule, compiled: bool = False, early: bool = True) -> Outcome:
     """Rewrite every site of `gm` that fits, in place; a note for each reason why others do not.
 
-    compiled: inductor may compile the bodies of the ops, too, where they run on a CPU.
+    compiled: inductor may compile the bodies of the ops, too, where they run on a CPU. early: sites with single-pass
+    reads become `read_early`; otherwise they are a `read` whose u nobody takes, and their aggregates stay.
     """
     starts = [node for node in gm.graph.nodes if node.target in (mhc.coefficients.default, mhc.gates.default)]
     if not starts:
         return Outcome(False)
     flow = Dataflow(gm.graph)
     found = [match(start, flow) for start in starts]
+    if early:
+        found = [with_early_read(site, flow) if isinstance(site, SiteOps) else site for site in found]
     emitter = Emitter(gm.graph)
     for site in found:
         if isinstance(site, SiteOps):
-            _rewrite(emitter, site, compiled)
+            _rewrite(emitter, site, compiled, early and site.is_early)
     gm.recompile()
     kept: dict[str, list[str]] = {}
     for start, reason in zip(starts, found, strict=True):
         if isinstance(reason, str):
             kept.setdefault(reason, []).append(start.meta.get("mhc_site") or source_line(start) or start.name)
     notes = [_note(reason, names) for reason, names in kept.items()]
-    early = sum(isinstance(site, SiteOps) and not site.aggregates and bool(site.merges) for site in found)
-    if early:
-        notes.append(f"{early} states are read with the pre of the site before: no kernel does that in the same pass")
+    reads = sum(isinstance(site, SiteOps) and bool(site.early) for site in found)
+    if reads:
+        notes.append(f"{reads} {'site reads' if reads == 1 else 'sites read'} with the pre of the site before")
     return Outcome(any(isinstance(site, SiteOps) for site in found), tuple(notes))
 
 
@@ -109,6 +126,28 @@ def match(start: fx.Node, flow: Dataflow) -> SiteOps | str:
         return WRITTEN
     frozen = {flow.has(flow.without_grad, op) for op in (start, *(res or ()), *aggregates, *merges)}
     return GRADIENTS if len(frozen) > 1 else SiteOps(start, pre, post, res[0] if res else None, aggregates, merges)
+
+
+def with_early_read(site: SiteOps, flow: Dataflow) -> SiteOps:
+    """With the aggregates that read its streams by weights which are there before its coefficients are."""
+    if not site.is_early:
+        return site
+    start = site.coefficients
+    streams: Any = start.args[0]
+    by: dict[fx.Node, list[fx.Node]] = {}
+    for user in streams.users:
+        if user.target is mhc.aggregate.default and user.args[0] is streams and _may_move(user, start, flow):
+            by.setdefault(user.args[1], []).append(user)
+    first = min(by, key=flow.index.__getitem__, default=None)
+    return site if first is None else replace(site, early=tuple(by[first]))
+
+
+def _may_move(aggregate: fx.Node, start: fx.Node, flow: Dataflow) -> bool:
+    """An aggregate may be computed where the coefficients `start` are."""
+    weights: Any = aggregate.args[1]
+    if flow.index[weights] > flow.index[start] or any(flow.index[user] < flow.index[start] for user in aggregate.users):
+        return False
+    return flow.has(flow.without_grad, aggregate) == flow.has(flow.without_grad, start)
 
 
 def given(node: fx.Node, name: str, default: Any) -> Any:
@@ -165,10 +204,13 @@ def _note(reason: str, sites: list[str]) -> str:
 # ---------------------------------------------------------------------------------------------- rewrite
 
 
-def _rewrite(emitter: Emitter, site: SiteOps, compiled: bool) -> None:
+def _rewrite(emitter: Emitter, site: SiteOps, compiled: bool, early: bool) -> None:
     graph, start, balance = emitter.graph, site.coefficients, site.sinkhorn
     with graph.inserting_before(start):
-        read = emitter.call(mhc.read.default, *start.args[:4], *_variant(site, compiled), like=start)
+        streams, *parameters = start.args[:4]
+        # The weights are what the aggregates have by now: the site before has been rewritten.
+        target, *weights = (mhc.read_early.default, _weights(site)) if early else (mhc.read.default,)
+        read = emitter.call(target, streams, *weights, *parameters, *_variant(site, compiled), like=start)
         u, pre, post, res, carrier = (emitter.call(operator.getitem, read, place, like=start) for place in range(5))
     made = [read, u, res]
     for merge in site.merges:
@@ -178,7 +220,7 @@ def _rewrite(emitter: Emitter, site: SiteOps, compiled: bool) -> None:
             made.append(emitter.call(mhc.merge_carried.default, *args, like=merge, **where))
         merge.replace_all_uses_with(made[-1])
         graph.erase_node(merge)
-    replaced = [(site.aggregates, u), (site.pre, pre), (site.post, post)]
+    replaced = [((*site.aggregates, *site.early), u), (site.pre, pre), (site.post, post)]
     for olds, new in [*replaced, ([balance], res)] if balance is not None else replaced:
         for old in olds:
             old.replace_all_uses_with(new)
@@ -189,6 +231,10 @@ def _rewrite(emitter: Emitter, site: SiteOps, compiled: bool) -> None:
     for node in [*start.users, start, u, pre, post, res, carrier]:
         if not node.users:  # the logits and what they came from, and outputs of `read` that nobody wanted
             graph.erase_node(node)
+
+
+def _weights(site: SiteOps) -> Any:
+    return site.early[0].args[1] if site.early else None
 
 
 def _variant(site: SiteOps, compiled: bool) -> tuple[Any, ...]:

@@ -14,14 +14,15 @@ import torch
 from torch import fx
 
 import mhc_compile.kernels.cross_site_ops
-import mhc_compile.kernels.manifold_ops  # noqa: F401 - and those of other sites than Sinkhorn's
+import mhc_compile.kernels.manifold_ops
+import mhc_compile.kernels.single_pass_ops  # noqa: F401 - and those of other sites than Sinkhorn's
 from mhc_compile.passes.capture import graph_input
 from mhc_compile.passes.dataflow import Dataflow
 from mhc_compile.passes.op_kinds import NORMS, REDUCTIONS, aten, is_local, is_mutating, is_random, packet, tensor_of
 
 mhc = torch.ops.mhc
 
-READS = (mhc.coefficients.default, mhc.gates.default, mhc.read.default)
+READS = (mhc.coefficients.default, mhc.gates.default, mhc.read.default, mhc.read_early.default)
 MERGES = (mhc.merge.default, mhc.merge_carried.default)
 _KEPT = frozenset({mhc.readout, mhc.anchor})
 _DROPOUTS = frozenset({aten.dropout, aten.native_dropout, aten.feature_dropout, aten.alpha_dropout})
