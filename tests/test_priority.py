@@ -120,7 +120,10 @@ def kernels() -> dict[str, Callable[[], Any]]:
     }
 
 
-@pytest.mark.parametrize("name", ["merge", "merge backward", "merge and read", "backward of both", "merge and early read"])
+NAMES = ["merge", "merge backward", "merge and read", "backward of both", "merge and early read"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_launch_forks_and_joins_and_nothing_is_allocated_in_between(name: str, log: list[str]) -> None:
     call = kernels()[name]
     log.clear()
@@ -239,7 +242,7 @@ def test_an_op_asks_for_it_and_its_backward_too(name: str, monkeypatch: pytest.M
     assert by_name["merge"][0] and by_name[backward][-1]
     if name.startswith("merge_read"):
         assert not by_name["merge"][1] and not by_name[backward][0]
-        # The backward of a single-pass read makes df of the merge too, in one op; the others' are two where none crosses.
+        # The backward of a single-pass read makes df of the merge too, in one op; the other's are two on a CPU.
         assert by_name["read_backward"] == [name == "merge_read_early", False]
     assert not priority._wanted.now
 
