@@ -16,7 +16,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
-from mhc_compile.codegen.program import as_program, drop_assertions
+from mhc_compile.codegen.program import as_program
 from mhc_compile.conversion import PENDING, conversion, is_converted
 from mhc_compile.errors import ConfigError, ExportError, wrong
 from mhc_compile.example_inputs import as_call, derive
@@ -186,7 +186,6 @@ def _program(
     if is_converted(model):
         result = rewrite_captured(model, captured)
         return as_program(result.graph, result.arguments, source), []
-    drop_assertions(captured.graph)
     found: list[Matches] = []
     run_passes(captured.graph, match_passes(found))
     (matches,) = found
