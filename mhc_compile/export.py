@@ -94,7 +94,9 @@ def export_onnx(
     _check_arguments(model, dynamic)
     refuse_sharded(model)
     args, kwargs = pytree.tree_map_only(
-        torch.Tensor, lambda one: one.detach().clone(), as_call(derive(model) if inputs is None else inputs)
+        torch.Tensor,
+        lambda one: one.detach().clone(),
+        as_call(derive(model, cached=False) if inputs is None else inputs),
     )  # views would have the program ask for their bases
     notes = [_TRAINING] if model.training else []
     with _evaluating(model):
