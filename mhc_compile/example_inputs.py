@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,9 +36,10 @@ def derivable(model: nn.Module) -> bool:
     return getattr(model, "main_input_name", None) in _MAKERS and getattr(model, "config", None) is not None
 
 
-def derive(model: nn.Module) -> dict[str, Any]:
+def derive(model: nn.Module, *, cached: bool = True) -> dict[str, Any]:
     """Small inputs for a Hugging Face model, from its `main_input_name` and config.
 
+    cached: False asks a model that would return a key-value cache to go without, as torch.export gives out no cache.
     Raises ConfigError for other modules, and for main inputs this does not know.
     """
     name, config = getattr(model, "main_input_name", None), getattr(model, "config", None)
@@ -57,6 +59,8 @@ def derive(model: nn.Module) -> dict[str, Any]:
     inputs = {name: _MAKERS[name](config).to(device)}
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = _ids(config)[:, :5].to(device)
+    if not cached and "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False
     return inputs
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
-from mhc_compile.codegen.program import as_program, drop_assertions
+from mhc_compile.codegen.program import as_program
 from mhc_compile.conversion import PENDING, conversion, is_converted
 from mhc_compile.errors import ConfigError, ExportError, wrong
 from mhc_compile.example_inputs import as_call, derive
@@ -94,7 +94,9 @@ def export_onnx(
     _check_arguments(model, dynamic)
     refuse_sharded(model)
     args, kwargs = pytree.tree_map_only(
-        torch.Tensor, lambda one: one.detach().clone(), as_call(derive(model) if inputs is None else inputs)
+        torch.Tensor,
+        lambda one: one.detach().clone(),
+        as_call(derive(model, cached=False) if inputs is None else inputs),
     )  # views would have the program ask for their bases
     notes = [_TRAINING] if model.training else []
     with _evaluating(model):
@@ -186,7 +188,6 @@ def _program(
     if is_converted(model):
         result = rewrite_captured(model, captured)
         return as_program(result.graph, result.arguments, source), []
-    drop_assertions(captured.graph)
     found: list[Matches] = []
     run_passes(captured.graph, match_passes(found))
     (matches,) = found

@@ -161,7 +161,7 @@ def _cut(
     if tied not in TIED:
         raise ConfigError(wrong("tied", repr(tied), "'refuse' or 'reduce'", "'reduce' sums the gradients"))
     _check_plan(plan, known)
-    args, kwargs = as_call(derive(model) if inputs is None else inputs)
+    args, kwargs = as_call(derive(model, cached=False) if inputs is None else inputs)
     traced = trace(model, inputs)
     whole = _whole(known, model, traced, args, kwargs)
     blocks = tuple(plan.blocks)

@@ -58,7 +58,7 @@ def exported(model: nn.Module, inputs: Any = None, dynamic_shapes: Any = None) -
     """Capture a converted model ahead of time for `inputs`, and rewrite it; errors as of `trace`."""
     state = conversion(model)
     refuse_sharded(model)
-    args, kwargs = as_call(derive(model) if inputs is None else inputs)
+    args, kwargs = as_call(derive(model, cached=False) if inputs is None else inputs)
     plain = without_mhc(model)
     captured, output = inside(ahead_of_time)(plain, args, kwargs, dynamic_shapes)
     if output is None:

@@ -1255,6 +1255,23 @@ def trace_on_another_device(_: Path) -> Situation:
     return using(called(), lambda model: trace(model, X.to("meta")))
 
 
+class KeyValueCache:
+    """Not a type that torch.export knows."""
+
+    def __init__(self, keys: Tensor) -> None:
+        self.keys = keys
+
+
+@misuse(TOOLS, CaptureError, "KeyValueCache'> in output", "a model that it exports", "pass use_cache=False")
+def trace_with_a_cache(_: Path) -> Situation:
+    def forward(self: Any, x: Tensor, use_cache: bool = False) -> Any:
+        x = x + linear(self, x)
+        return (x, KeyValueCache(x)) if use_cache else x
+
+    model = mhc_compile(own(forward), 2, backend="eager", example_inputs=X)
+    return using(model, lambda model: trace(model, (X, True)))
+
+
 @misuse(TOOLS, ConfigError, "model is a int", "a torch.nn.Module", "pass the model itself")
 def explain_of_no_module(_: Path) -> Situation:
     return Situation(lambda: explain(3, X))  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import models
 import zoo
@@ -83,6 +83,25 @@ def test_the_export_door_finds_the_same_sites(name: str) -> None:
     analysis = found(model, inputs, door="export")
     assert counts(analysis) == zoo.EXPECT[name]
     assert names(analysis) == NAMES[name]
+
+
+class Mixed(nn.Module):
+    """A sum inside a branch, which only a cast reads: torch.export asserts the dtype of what is cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix, self.first, self.second = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = x + self.mix(x)
+        x = x + self.first(torch.tanh(mixed.to(torch.float32)))
+        return x + self.second(x)
+
+
+@pytest.mark.parametrize("door", ["dynamo", "export"])
+def test_an_assertion_is_no_reader_of_a_sum(door: str) -> None:
+    assert names(found(Mixed(), {"x": torch.randn(2, 3, 4)}, door=door)) == ["first", "second"]
 
 
 def _entries() -> list[Any]:

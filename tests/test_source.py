@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import zoo
 from graphs import FAR, first_output, fresh, randomize
 from mhc_compile import ConfigError, ExportError, Source, mhc_compile, source, trace
-from mhc_compile.codegen import spelling
+from mhc_compile.codegen import source_body, spelling
 
 pytestmark = [
     # transformers calls cached helpers in forward; Dynamo warns that it traces what they wrap
@@ -155,6 +155,13 @@ def test_every_zoo_model_has_the_bits_of_its_graph(n: int, tmp_path: Path) -> No
     lint(tmp_path)
     check_in_a_new_process(tmp_path, names)
     assert all("torch.ops.aten" not in one.code for one in made.values())
+
+
+def test_a_long_path_of_modules_stands_on_a_line_of_its_own() -> None:
+    indices = spelling.joined([spelling.Expression("self.index")], f"self.{'layer.' * 16}table[", "]")
+    lines = source_body._statement("        ", "relative_position_bias = ", indices)
+    assert max(map(len, lines)) <= spelling.WIDTH < len("".join(lines))
+    assert lines[0].endswith("= (") and "".join(one.strip() for one in lines[1:-1]) == indices.text.replace("]", ",]")
 
 
 class Holder(nn.Module):

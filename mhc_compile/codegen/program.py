@@ -50,13 +50,6 @@ def as_program(graph: fx.GraphModule, arguments: Sequence[Any], source: Exported
     )
 
 
-def drop_assertions(graph: fx.GraphModule) -> None:
-    """Take out torch.export's checks of dtypes: they read values inside of what the matcher replaces as a whole."""
-    for node in list(graph.graph.nodes):
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            graph.graph.erase_node(node)
-
-
 def _inputs(
     graph: fx.Graph, arguments: Sequence[Any], signature: ExportGraphSignature
 ) -> tuple[dict[str, torch.Tensor], list[InputSpec]]:

@@ -385,7 +385,11 @@ def _legal(name: str) -> str:
 
 def _statement(pad: str, left: str, expression: Expression) -> list[str]:
     first, *others = expression.lines(WIDTH - len(pad) - len(left), pad)
-    return [f"{pad}{left}{first}", *others]
+    if len(pad) + len(left) + len(first) <= WIDTH or not left:
+        return [f"{pad}{left}{first}", *others]
+    inner = pad + "    "  # a long path of modules, which has no place to break
+    first, *others = expression.lines(WIDTH - len(inner), inner)
+    return [f"{pad}{left}(", inner + first, *others, f"{pad})"]
 
 
 class _Regions:

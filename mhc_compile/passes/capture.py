@@ -163,6 +163,8 @@ def _drop_metadata_checks(gm: fx.GraphModule) -> None:
 def _refused_export(model: nn.Module, error: Exception) -> str:
     found = f"refused by torch.export: {_first_line(error)}"
     step = "rewrite what it names; calls, explain and observe do not need torch.export"
+    if re.search(r"Found <class '[\w.]*Cache'> in output", str(error)):
+        step = "pass use_cache=False among the inputs: torch.export gives out no cache"
     return wrong(type(model).__name__, found, "a model that it exports", step)
 
 

@@ -293,7 +293,8 @@ def _outermost(merges: list[Merge], chains: _Chains, refused: list[Refusal]) -> 
     """Drop the merges that lie in the branch of a later one that stays; the last add is outermost."""
     kept: list[Merge] = []
     for merge in reversed(merges):
-        outer = next((one for one in reversed(kept) if _nested(merge, one, chains)), None)
+        around = (one for one in reversed(kept) if _nested(merge, one, chains))
+        outer = next((one for one in around if not _leads_to_a_trunk(merge, one, kept, chains)), None)
         if outer is None:
             kept.append(merge)
         else:
@@ -318,3 +319,9 @@ def _nested(inner: Merge, outer: Merge, chains: _Chains) -> bool:
         return False
     sums = {outer.root, *outer.tree.interior}
     return all(user in sums or flow.has(branch, user) for merge in last for user in merge.root.users)
+
+
+def _leads_to_a_trunk(inner: Merge, outer: Merge, kept: list[Merge], chains: _Chains) -> bool:
+    """A trunk that the branch of `outer` reads, and that goes on outside it, is computed from the sum of `inner`."""
+    flow, branch = chains.flow, chains.branch[outer]
+    return any(flow.has(branch, one.root) and flow.depends(one.base, inner.root) for one in kept)
