@@ -115,8 +115,9 @@ def whole(name: str) -> Whole:
         optimizer.step()
         optimizer.zero_grad()
     found.end = copy.deepcopy(model.state_dict())
-    with torch.no_grad():
-        found.logits = torch.cat([model(**part, use_cache=False).logits for part in parts_of(next(found.batches()))])
+    # With gradients enabled, as before: without, the model would be compiled once more.
+    parts = parts_of(next(found.batches()))
+    found.logits = torch.cat([model(**part, use_cache=False).logits.detach() for part in parts])
     return found
 
 

@@ -188,6 +188,8 @@ def test_one_stream_is_the_plain_model_bit_for_bit(name: str, backend: str) -> N
 @pytest.mark.parametrize(("n", "name"), [(1, "gpt2"), (4, "llama")])
 def test_inductor(n: int, name: str) -> None:
     (plain, inputs), (converted, _) = zoo_model(name), zoo_model(name)
+    for model in (plain, converted):  # one layer: the others have the same kernels, each a second of the C++ compiler
+        del (model.model.layers if name == "llama" else model.transformer.h)[1:]
     convert(converted, inputs, n=n, backend="inductor")
     assert_same(called(plain, inputs), called(converted, inputs), outputs=1e-5, gradients=1e-4)
 

@@ -25,10 +25,12 @@ import pipeline_worker
 import zoo
 from graphs import FAR, float_outputs, fresh, loss_of, randomize, zoo_model
 from mhc_compile import ConfigError, MHCError, PartitionError, RewriteError, ShapeError, mhc_compile
+from mhc_compile import pipeline as cutting
 from mhc_compile.codegen.stage_module import StageModule
 from mhc_compile.partition import Plan, partition
 from mhc_compile.passes import eager_replay
 from mhc_compile.pipeline import pipeline_stages, stage_modules
+from mhc_compile.trace import TracedModel
 
 TESTS = Path(__file__).parent
 DEADLINE = 240.0  # seconds, for all checks on two processes
@@ -45,6 +47,18 @@ def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of the time of a cut is its trace: the models that tests share are traced once, others at each cut."""
+    plain = cutting.trace
+
+    def traced(model: nn.Module, inputs: Any) -> TracedModel:
+        shared = any(model is one.model and inputs is one.inputs for one in _known.values())
+        return (pipeline_worker.traced_once if shared else plain)(model, inputs)
+
+    monkeypatch.setattr(cutting, "trace", traced)
 
 
 # -------------------------------------------------------------------------------------- one process
@@ -105,10 +119,14 @@ def run(stages: Sequence[StageModule], *args: Any, **kwargs: Any) -> Any:
     return values
 
 
-@cache
+_known: dict[str, Known] = {}
+
+
 def known_model(name: str) -> Known:
     """Shared by tests, which leave it as it is."""
-    return Known(name)
+    if name not in _known:
+        _known[name] = Known(name)
+    return _known[name]
 
 
 def llama() -> Known:

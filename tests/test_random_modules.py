@@ -16,16 +16,20 @@ REGRESSIONS = {
 }
 
 
-@settings(
-    max_examples=80,
-    deadline=None,  # a capture takes a third of a second, the first one several
-    derandomize=True,  # the same modules in every run; benchmarks/random_modules.py goes further afield
-    suppress_health_check=[HealthCheck.too_slow],
-)
-@given(case=random_modules.cases())
-def test_random_modules_keep_their_function(case: random_modules.Case) -> None:
-    torch._dynamo.reset()  # keeps memory down
-    assert not problems(case)
+@pytest.mark.parametrize("examples", [40, pytest.param(80, marks=pytest.mark.sweep)])
+def test_random_modules_keep_their_function(examples: int) -> None:
+    @settings(
+        max_examples=examples,
+        deadline=None,  # a capture takes a third of a second, the first one several
+        derandomize=True,  # the same modules in every run; benchmarks/random_modules.py goes further afield
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    @given(case=random_modules.cases())
+    def keep_their_function(case: random_modules.Case) -> None:
+        torch._dynamo.reset()  # keeps memory down
+        assert not problems(case)
+
+    keep_their_function()
 
 
 @pytest.mark.parametrize("seed", REGRESSIONS)
