@@ -231,6 +231,7 @@ def prepared(name: str, setting: Setting, right: dict[str, tuple[Tensor, Tensor]
         # A wrong case is timed too, as that helps to find out what happened, but is compared with nothing.
         results.note(name, status="ok" if within else "wrong", errors={"logits": errors[0], "gradient": errors[1]})
     case.step()  # makes the optimizer's state
+    gc.collect()  # what making the case has left in cycles is not its own
     case.own_bytes = allocated() - before
     if setting.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
