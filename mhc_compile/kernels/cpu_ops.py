@@ -20,8 +20,6 @@ from torch.utils import flop_counter
 from mhc_compile.kernels import cpu, plain, site_ops
 from mhc_compile.kernels.convention import of_site
 
-NAMES = ("cpu_read", "cpu_read_backward", "cpu_merge", "cpu_merge_backward")
-
 _VARIANT = site_ops._VARIANT.removesuffix(", bool compiled=False")
 _convention = cache(of_site)
 
@@ -50,6 +48,26 @@ def _fake_read(streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *varia
     coefficients = plain.empty_coefficients(phi, lead, n, _convention(*variant).groups)
     u, z = streams.new_empty((*lead, features)), phi.new_empty((phi.shape[1], *lead))
     return u, *coefficients, z, phi.new_empty(lead)
+
+
+def _merge_read(
+    streams: Tensor,
+    f: Tensor,
+    post: Tensor,
+    res: Tensor | None,
+    transposed: bool,
+    rounded: bool,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    *variant: Any,
+) -> tuple[Tensor, ...]:
+    merged = cpu.merge(streams, f, post, res, transposed, rounded)
+    return merged, *cpu.read(merged, phi, alpha, bias, _convention(*variant))
+
+
+def _fake_merge_read(*args: Any) -> tuple[Tensor, ...]:
+    return args[0].new_empty(args[0].shape), *_fake_read(args[0], *args[6:])
 
 
 def _read_backward(*args: Any) -> tuple[Tensor, ...]:
@@ -96,6 +114,13 @@ _op(
     _fake_merge,
 )
 _op(
+    "cpu_merge_read",
+    "(Tensor streams, Tensor f, Tensor post, Tensor? res, bool res_transposed, bool res_rounded, Tensor phi,"
+    f" Tensor alpha, Tensor bias, {_VARIANT}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _merge_read,
+    _fake_merge_read,
+)
+_op(
     "cpu_merge_backward",
     "(Tensor grad, Tensor streams, Tensor f, Tensor post, str mix, bool rounded) -> (Tensor, Tensor, Tensor)",
     cpu.branch_backward,
@@ -106,6 +131,9 @@ _FLOPS: dict[str, Callable[..., int]] = {
     "cpu_read": site_ops._read_flops,
     "cpu_read_backward": lambda *args, **kwargs: site_ops._read_backward_flops(*args[:5], None, *args[5:], **kwargs),
     "cpu_merge": site_ops._merge_carried_flops,
+    "cpu_merge_read": lambda x, f, post, res, transposed, rounded, phi, *args, **kwargs: (
+        site_ops._merge_carried_flops(x) + site_ops._read_flops(x, phi)
+    ),
     "cpu_merge_backward": site_ops._merge_carried_backward_flops,
 }
 for _name, _formula in _FLOPS.items():

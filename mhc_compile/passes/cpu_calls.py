@@ -2,7 +2,7 @@
 
     u, pre, post, res, carrier, ..., z, r = read(X, ...)       u, pre, post, res, z, r = cpu_read(X, ...)
     X' = merge_carried(X, f, carrier, post, res)               X' = cpu_merge(X, f, post, res)
-    X', u', ... = merge_read(X, f, carrier, ..., phi')         X' = cpu_merge(X, f, ...);  u', ... = cpu_read(X', ...)
+    X', u', ... = merge_read(X, f, carrier, ..., phi', ...)    X', u', ... = cpu_merge_read(X, f, ..., phi', ...)
     readout(X), expand(x), and their backwards                 what inductor fuses with what is around
 
 A pass of inductor, on the graph that it is about to make code of. What it does not know it leaves: any of these ops is
@@ -12,6 +12,7 @@ right as it is.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,13 +62,12 @@ def _values(node: fx.Node) -> Values:
     return {one.name: one.default_value for one in known if one.has_default_value()} | given | node.kwargs
 
 
-def _replace_outputs(emitter: Emitter, node: fx.Node, outputs: dict[int, fx.Node | tuple[fx.Node, int]]) -> None:
-    """Let the readers of a call's outputs read others, nodes or outputs of nodes by their place; then drop the call."""
+def _replace_outputs(emitter: Emitter, node: fx.Node, made: fx.Node, places: Sequence[int]) -> None:
+    """Let the readers of a call's outputs read those of `made`, whose outputs are these of the call; then drop it."""
     for user in list(node.users):
         if user.users:
-            found = outputs[int(str(user.args[1]))]
-            new = found if isinstance(found, fx.Node) else emitter.call(operator.getitem, *found, like=user)
-            user.replace_all_uses_with(new)
+            place = places.index(int(str(user.args[1])))
+            user.replace_all_uses_with(emitter.call(operator.getitem, made, place, like=user))
         emitter.graph.erase_node(user)
     emitter.graph.erase_node(node)
 
@@ -83,7 +83,7 @@ def _read(emitter: Emitter, node: fx.Node, values: Values) -> None:
     if not values["compiled"] or _is_read(node, 4, 5):
         return
     made = emitter.call(mhc.cpu_read.default, *(values[name] for name in _READ), like=node)
-    _replace_outputs(emitter, node, {old: (made, new) for new, old in enumerate((0, 1, 2, 3, 6, 7))})
+    _replace_outputs(emitter, node, made, (0, 1, 2, 3, 6, 7))
 
 
 def _merge_carried(emitter: Emitter, node: fx.Node, values: Values) -> None:
@@ -97,24 +97,22 @@ def _merge_carried(emitter: Emitter, node: fx.Node, values: Values) -> None:
 def _merge_read(emitter: Emitter, node: fx.Node, values: Values) -> None:
     if not values["compiled"] or _is_read(node, 5, 6):
         return
-    merging = (*(values[name] for name in _MERGE), values["res_transposed"], values["res_rounded"])
-    merged = emitter.call(mhc.cpu_merge.default, *merging, like=node)
-    made = emitter.call(mhc.cpu_read.default, merged, *(values[name] for name in _READ[1:]), like=node)
-    places = {old: (made, new) for new, old in enumerate((1, 2, 3, 4, 7, 8))}
-    _replace_outputs(emitter, node, {0: merged, **places})
+    names = (*_MERGE, "res_transposed", "res_rounded", *_READ[1:])
+    made = emitter.call(mhc.cpu_merge_read.default, *(values[name] for name in names), like=node)
+    _replace_outputs(emitter, node, made, (0, 1, 2, 3, 4, 7, 8))
 
 
 def _read_backward(emitter: Emitter, node: fx.Node, values: Values) -> None:
     if values["compiled"] and values["f"] is None:
         names = [one.name for one in mhc.cpu_read_backward.default._schema.arguments]
         made = emitter.call(mhc.cpu_read_backward.default, *(values[name] for name in names), like=node)
-        _replace_outputs(emitter, node, {place: (made, place) for place in range(4)})
+        _replace_outputs(emitter, node, made, range(4))
 
 
 def _merge_backward(emitter: Emitter, node: fx.Node, values: Values) -> None:
     if values.pop("compiled"):
         made = emitter.call(mhc.cpu_merge_backward.default, *values.values(), like=node)
-        _replace_outputs(emitter, node, {place: (made, place) for place in range(3)})
+        _replace_outputs(emitter, node, made, range(3))
 
 
 # --- the ends of a trunk ----------------------------------------------------------------------------------
