@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from mhc_compile import mhc_compile
-from mhc_compile.kernels import cpu, site_ops
+from mhc_compile.kernels import cpu_library, site_ops
 
 N, ITERATIONS, EPS = 4, 20, 1e-6
 SIZES = ((512, 256), (2048, 512), (2048, 1280))  # tokens, features
@@ -200,7 +200,7 @@ def first_calls() -> dict[str, Any]:
             forget_compilations()
         torch._dynamo.reset()
         found[f"naive torch.compile, {cache}"] = seconds(torch.compile(naive_site))
-        cpu._bodies.clear()
+        cpu_library._libraries.clear()
         found[f"ours, compiled bodies, {cache}"] = seconds(our_compiled_site)
     print(json.dumps(found), flush=True)
     return found

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch._inductor.utils import clear_caches
 
-from mhc_compile.kernels import cpu
+from mhc_compile.kernels import cpu_library
 
 Call = Callable[[], Any]
 
@@ -63,7 +63,7 @@ def in_turn(calls: Mapping[str, Call], rounds: int, each: int = 3) -> dict[str, 
 
 def forget_compiled_code() -> None:
     """Empty caches of generated code, in memory and on disk. What is compiled goes on working."""
-    cpu._bodies.clear()
+    cpu_library._libraries.clear()
     clear_caches()
     folder = tempfile.mkdtemp(prefix="mhc_cold_")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder

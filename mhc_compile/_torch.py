@@ -11,6 +11,7 @@ import logging
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -40,6 +41,7 @@ try:
     from torch._functorch.predispatch import _remove_batch_dim as vmap_unwrap
     from torch._functorch.predispatch import _vmap_decrement_nesting as vmap_exit
     from torch._functorch.predispatch import _vmap_increment_nesting as vmap_enter
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
     from torch._library.custom_ops import OPDEFS
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.autograd import forward_ad
@@ -55,6 +57,7 @@ _counter = itertools.count()
 
 __all__ = [
     "BackendCompilerFailed",
+    "CustomGraphPass",
     "DynamoUserError",
     "FailOnRecompileLimitHit",
     "FakeTensor",
@@ -67,12 +70,15 @@ __all__ = [
     "caches_of",
     "compile_graph",
     "compile_settings",
+    "compiler_cache",
+    "cpp_compiler",
     "dynamo_is_off",
     "dynamo_source_name",
     "fake_mode_of",
     "forward_mode",
     "fresh_function",
     "function_transforms",
+    "get_hash_for_files",
     "gradients_inside_op",
     "has_tangents",
     "in_backward",
@@ -121,11 +127,19 @@ def as_fake(values: Iterable[object], tensors: Iterable[torch.Tensor]) -> list[t
 
 
 def compile_graph(
-    backend: str, graph: fx.GraphModule, example_inputs: list[Any], fingerprint: str
+    backend: str,
+    graph: fx.GraphModule,
+    example_inputs: list[Any],
+    fingerprint: str,
+    inductor: dict[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """The graph compiled by a registered backend of Dynamo; torch's caches are told `fingerprint` apart from others."""
+    """The graph compiled by a registered backend of Dynamo; torch's caches are told `fingerprint` apart from others.
+
+    inductor: settings of inductor, where that is the backend; they hold for the backward too, which is compiled later.
+    """
+    given = {"config_patches": inductor} if inductor and backend == "inductor" else {}
     with caches_of(fingerprint):
-        compiled: Callable[..., Any] = lookup_backend(backend)(graph, example_inputs)
+        compiled: Callable[..., Any] = lookup_backend(backend)(graph, example_inputs, **given)
     return compiled
 
 
@@ -133,6 +147,20 @@ def caches_of(fingerprint: str) -> Any:
     """A context in which torch's caches on disk know nothing but what was compiled with this fingerprint."""
     tag = f"{torch.compiler.config.cache_key_tag}{fingerprint}"
     return torch.compiler.config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]
+
+
+def cpp_compiler() -> str:
+    """The C++ compiler that inductor would use, by its configuration and CXX; raises where there is none."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # inductor takes a second to import
+
+    return str(get_cpp_compiler())
+
+
+def compiler_cache() -> Path:
+    """The folder where inductor keeps what it compiles."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
 
 
 def active_ddp() -> bool:

@@ -18,6 +18,7 @@ from mhc_compile.errors import RewriteError
 from mhc_compile.kernels.devices import fingerprint
 from mhc_compile.passes.bind import named_parameters
 from mhc_compile.passes.capture import normalize
+from mhc_compile.passes.cpu_calls import CpuCalls
 from mhc_compile.passes.eager_replay import replaying
 from mhc_compile.passes.emit import Emitter
 from mhc_compile.passes.fuse import fuse
@@ -116,7 +117,13 @@ def compile_rewritten(
     if replays:
         return replaying(graph)
     told_apart = fingerprint() + blocks_fingerprint(blocks)  # the caches' keys do not see tags
-    return _torch.compile_graph(backend, graph, example_inputs, told_apart)
+    return _torch.compile_graph(backend, graph, example_inputs, told_apart, inductor=inductor_settings())
+
+
+def inductor_settings() -> dict[str, Any]:
+    """What inductor is to do with the fused ops of a graph; nothing where a pass of the user has that place."""
+    place = "post_grad_custom_post_pass"
+    return {} if getattr(torch._inductor.config, place) is not None else {place: CpuCalls()}
 
 
 def normalized(gm: fx.GraphModule, history: list[PassRecord]) -> fx.GraphModule:
@@ -193,7 +200,7 @@ def mhc(gm: fx.GraphModule, example_inputs: list[Any], *, options: Any = None, m
 
     Compiles with inductor (`mode` and `options` are handed to it). Warns when the graph holds no mHC.
     """
-    chosen = {**(torch._inductor.list_mode_options(mode) if mode else {}), **(options or {})}
+    chosen = {**inductor_settings(), **(torch._inductor.list_mode_options(mode) if mode else {}), **(options or {})}
     with _torch.caches_of(fingerprint()):
         return torch._inductor.compile(_matched(gm), example_inputs, options=chosen)
 

@@ -22,7 +22,7 @@ def fingerprint() -> str:
     Their key has the names of the ops in a graph, and not what these compute, nor what their backward keeps.
     """
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".py", ".cpp")):
         digest.update(path.read_bytes())
     return f"mhc-{digest.hexdigest()[:16]}"
 
