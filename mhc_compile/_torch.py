@@ -265,10 +265,16 @@ def compile_settings() -> Any:
     One forward may be compiled for many modes (train, eval, autocast, dtypes, shapes): Dynamo's default of 8 variants
     is met by ordinary use, and beyond it a `fullgraph` function stops with an error. Log messages inside the forward
     (transformers warns from within) are left out instead of breaking the graph. DDP's graph splitter is off: each of
-    its fragments would widen and read out a part of a trunk by itself.
+    its fragments would widen and read out a part of a trunk by itself. A hook that is put on a module behind the first
+    call, or taken off, compiles anew: Dynamo's default does not look, and would leave it out in silence.
     """
     return torch._dynamo.config.patch(
-        {"recompile_limit": 64, "optimize_ddp": False, _IGNORED_LOGGING: _LoggingMethods()}
+        {
+            "recompile_limit": 64,
+            "optimize_ddp": False,
+            "skip_nnmodule_hook_guards": False,
+            _IGNORED_LOGGING: _LoggingMethods(),
+        }
     )
 
 
@@ -408,9 +414,19 @@ def _constant(size: int | torch.SymInt) -> int | torch.SymInt:
     return size if known is None else known
 
 
+_UNSEEN = 61
+
+
 def size_hint(size: int | torch.SymInt) -> int:
-    """The size seen when the graph was captured, for a symbolic size too; installs no guard."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    """The size seen when the graph was captured, for a symbolic size too; installs no guard.
+
+    A size that depends on the data of the call (`nonzero`: the tokens of an expert) was never seen: a small number that
+    no axis of a model is likely to have stands for it.
+    """
+    if isinstance(size, int):
+        return size
+    seen = size.node.hint
+    return _UNSEEN if seen is None else int(seen)
 
 
 def expression_of(size: torch.SymInt) -> Any:

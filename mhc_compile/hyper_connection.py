@@ -106,7 +106,9 @@ class HyperConnection(nn.Module):
     def reset_parameters(self) -> None:
         """Set the parameters to the values of ``init``."""
         form = self.form
-        self.bias.copy_(form.bias(self.init, self.stream))
+        with torch.device("cpu"):  # values to copy, whatever device is the default
+            start = form.bias(self.init, self.stream)
+        self.bias.copy_(start)
         if self.phi is None or self.alpha is None:
             return
         self.alpha.fill_(form.alpha(self.init))

@@ -191,6 +191,106 @@ def test_verify_with_a_key_value_cache() -> None:
     assert any(check.status == "not run" and "DynamicCache" in check.detail for check in report.checks)
 
 
+class SeveralBranches(nn.Module):
+    """`x + f(x) + g(x)`, twice, with layers of its own each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)]) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for first, second in self.layers:
+            x = x + torch.tanh(first(x)) + torch.tanh(second(x))
+        return x
+
+
+def test_a_sum_of_several_branches_is_verified() -> None:
+    report = verify(mhc_compile(SeveralBranches(), 4, example_inputs=X, backend="eager"), X)
+    assert report, str(report)
+
+
+@pytest.mark.parametrize("tie_shared", [False, True])
+def test_branches_that_one_module_adds_are_tied_only_where_their_weights_are_the_same(tie_shared: bool) -> None:
+    model = mhc_compile(SeveralBranches(), 4, example_inputs=X, backend="eager", tie_shared=tie_shared)
+    assert [name for name, _ in model.mhc.named_parameters() if name.endswith("phi")] == ["root.phi", "root_call1.phi"]
+
+
+class Pairs(nn.Module):
+    """Layers in lists of lists, which the model's own forward adds: in the style of small vision transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleList([Norm(), Norm()]) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for first, second in self.layers:
+            x = first(x) + x
+            x = second(x) + x
+        return x
+
+
+class Norm(nn.Sequential):
+    """A norm and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.LayerNorm(16), nn.Linear(16, 16))
+
+
+@pytest.mark.parametrize("tie_shared", [False, True])
+def test_layers_in_lists_of_lists_have_sites_of_their_own(tie_shared: bool) -> None:
+    model = mhc_compile(Pairs(), 4, example_inputs=X, backend="eager", tie_shared=tie_shared)
+    names = [name[: -len(".phi")] for name, _ in model.mhc.named_parameters() if name.endswith("phi")]
+    assert names == ["layers.0.0", "layers.0.1", "layers.1.0", "layers.1.1"]
+
+
+def test_a_hook_that_comes_after_the_first_call_is_called() -> None:
+    model = mhc_compile(Pairs(), 4, example_inputs=X, backend="eager")
+    model(X)
+    seen: list[torch.Size] = []
+    handle = model.layers[0][1].register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    model(X)
+    assert seen == [X.shape]
+    handle.remove()
+    model(X)
+    assert seen == [X.shape]
+
+
+class Experts(nn.Module):
+    """Tokens are sent to experts by `where`: how many each gets is known in the call alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 2)
+        self.experts = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = torch.softmax(self.gate(x), -1).max(-1)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            (tokens,) = torch.where(chosen == number)
+            out = out.index_add(0, tokens, expert(x[tokens]) * weights[tokens, None])
+        return x + out
+
+
+def test_a_size_that_depends_on_the_data_is_no_obstacle() -> None:
+    model = nn.Sequential(Block(), Experts(), Block())
+    expected = model(X)
+    mhc_compile(model, 4, example_inputs=X, backend="eager")
+    assert torch.allclose(model(X), expected, atol=1e-6)
+    randomize(model)
+    assert not torch.allclose(model(X), expected, atol=1e-3)
+    model(X).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_default_device_does_not_move_the_values_that_sites_start_with() -> None:
+    model = nn.Sequential(Block(), Block())
+    with torch.device("meta"):
+        mhc_compile(model, 4, example_inputs=X, backend="eager")
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    assert verify(model, X)
+
+
 def test_one_stream_has_no_coefficients_to_observe() -> None:
     model = mhc_compile(Block(), 1, example_inputs=X, backend="eager")
     with pytest.raises(ConfigError, match="n is 1"):

@@ -14,7 +14,7 @@ from torch import fx
 
 from mhc_compile.passes.dataflow import Dataflow, is_trainable, parameter_behind
 from mhc_compile.passes.op_kinds import CASTS, CONVOLUTIONS, COPIES, DROPOUTS, PRODUCTS, is_local, packet
-from mhc_compile.passes.provenance import module_path
+from mhc_compile.passes.provenance import module_path, module_paths
 from mhc_compile.passes.residuals import is_sum
 from mhc_compile.passes.trunks import Site, Trunk
 
@@ -22,16 +22,29 @@ _RESERVED = {"phi", "alpha", "bias"}
 
 
 def name_sites(trunks: list[Trunk], flow: Dataflow, *, tie_shared: bool = False) -> None:
-    """Set `name` on every site. With `tie_shared` all applications of a shared layer carry one name."""
+    """Set `name` on every site. With `tie_shared` all applications of a shared layer carry one name.
+
+    A layer is shared when its weights are the same: the names alone may be equal for other reasons.
+    """
     sites = sorted((site for trunk in trunks for site in trunk.sites), key=lambda site: flow.index[site.merge.root])
     stems = [_stem(site, flow) for site in sites]
     prefixes = {".".join(stem.split(".")[:depth]) for stem in stems for depth in range(1, stem.count(".") + 1)}
     calls: Counter[str] = Counter()
+    named: dict[tuple[str, frozenset[str]], str] = {}
     for site, stem in zip(sites, stems, strict=True):
         name = f"{stem}_site" if stem in prefixes or stem.rsplit(".", 1)[-1] in _RESERVED else stem
-        number = calls[name]
-        calls[name] += 1
-        site.name = name if number == 0 or tie_shared else f"{name}_call{number}"
+        layer = name, _weights(site, flow)
+        if not tie_shared or layer not in named:
+            number = calls[name]
+            calls[name] += 1
+            named[layer] = name if number == 0 else f"{name}_call{number}"
+        site.name = named[layer]
+
+
+def _weights(site: Site, flow: Dataflow) -> frozenset[str]:
+    """The parameters of the ops that the branches of a site are named after."""
+    last = [node for leaf in _parts(site.merge.branches) if (node := _last_weighted(leaf, site, flow))]
+    return frozenset(name for node in last for source in node.all_input_nodes if (name := parameter_behind(source)))
 
 
 def _stem(site: Site, flow: Dataflow) -> str:
@@ -52,7 +65,11 @@ def _parts(leaves: Sequence[fx.Node]) -> Iterator[fx.Node]:
 
 
 def _owner(leaf: fx.Node, site: Site, flow: Dataflow, adder: list[str]) -> str:
-    """The module of the branch just below what it shares with the module that adds; with the weight's name if none."""
+    """The outermost module called for the branch below what it shares with the module that adds.
+
+    Without one, the weight that is read. A list or dict of modules is never called, so that of two lists of layers side
+    by side (`for attn, ff in layers: ...`) each layer has its own name.
+    """
     node = _last_weighted(leaf, site, flow)
     if node is None:
         return ""
@@ -61,7 +78,8 @@ def _owner(leaf: fx.Node, site: Site, flow: Dataflow, adder: list[str]) -> str:
     while common < min(len(path), len(adder)) and path[common] == adder[common]:
         common += 1
     if common < len(path):
-        return ".".join(path[: common + 1])
+        called = [one for one in module_paths(node) if one.split(".")[: common + 1] == path[: common + 1]]
+        return min(called, key=len, default=".".join(path))
     weights = [name for source in node.all_input_nodes if (name := parameter_behind(source))]
     return weights[0] if weights else ".".join(path)
 

@@ -29,6 +29,12 @@ def module_path(node: fx.Node) -> str:
     return _path_of(list((node.meta.get("nn_module_stack") or {}).values()))
 
 
+def module_paths(node: fx.Node) -> list[str]:
+    """Paths of all modules whose forward made the node, the outermost first; without the root module."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return [path for depth in range(1, len(stack) + 1) if (path := _path_of(stack[:depth]))]
+
+
 def _path_of(stack: list[tuple[Any, Any]]) -> str:
     if not stack:
         return ""
