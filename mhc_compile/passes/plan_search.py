@@ -25,8 +25,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from math import inf, isfinite
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -203,6 +204,39 @@ class _Option:
     blocks: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class _Runs:
+    """All stages that end at one place, by the place where they start: arrays, so that most are ruled out at once.
+
+    time, replay: seconds of one that stores, and of its replay; kept, saved, waits, fixed: as for one stage; alone: the
+    largest of its units; state: of its first block. last: what the replay of its last unit makes, whatever its blocks.
+    """
+
+    time: NDArray[np.float64]
+    replay: NDArray[np.float64]
+    kept: NDArray[np.int64]
+    saved: NDArray[np.int64]
+    waits: NDArray[np.int64]
+    fixed: NDArray[np.int64]
+    alone: NDArray[np.int64]
+    state: NDArray[np.int64]
+    last: int
+
+    def stored(self, load: Load) -> NDArray[np.int64]:
+        """The peak of each without replay."""
+        return _fullest(load, self.kept + self.saved, self.waits) + self.alone + self.fixed
+
+    def floor(self, load: Load) -> NDArray[np.int64]:
+        """What each takes at least, with replay: one block, and no more made again than for the last unit."""
+        return _fullest(load, self.kept + self.state, self.waits) + self.last + self.fixed
+
+
+def _fullest(load: Load, each: NDArray[np.int64], waits: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of microbatches that keep so much, and wait."""
+    moments = [count * each + (late * waits if load.split else 0) for count, late in load.moments]
+    return np.asarray(np.max(moments, axis=0))
+
+
 class Search:
     """Cuts of `units` into as many stages as there are loads; an integer stands for so many microbatches in flight.
 
@@ -229,6 +263,13 @@ class Search:
         self.saved = [0, *accumulate(unit.saved for unit in units)]
         self.waiting = [0, *accumulate(unit.waiting for unit in units)]
         self._options: dict[tuple[Load, int, int], _Option | None] = {}
+        self._starts = np.array(self.places[:-1])
+        self._alone = np.array([unit.alone for unit in units], np.int64)
+        self._again, self._state = (
+            np.array([getattr(units[place], name) if place else first for place in self.places[:-1]], np.int64)
+            for name, first in (("again", 0), ("state", units[0].state))
+        )
+        self._sends = np.array([self.send(place) for place in self.places[:-1]])
 
     # ------------------------------------------------------------------------------------------ one stage
 
@@ -256,7 +297,7 @@ class Search:
         load, waits = self.loads[stage], self._waits(start, end)
         every = self._kept(start, end) + self.saved[end] - self.saved[start]
         peak = max(kept * every + (late * waits if load.split else 0) for kept, late in load.moments)
-        peak += max(unit.alone for unit in self.units[start:end])
+        peak += int(self._alone[start:end].max())
         time = self.time[end] - self.time[start] + self.send(start) + self.send(end)
         return _Option(time, peak + self.fixed_of(start, end), ())
 
@@ -297,32 +338,69 @@ class Search:
         bottleneck = self.least_bottleneck()
         return None if not isfinite(bottleneck) else self._within(bottleneck * (1 + 1e-12))
 
+    def _runs(self, there: int) -> _Runs:
+        """Of all starts before a place."""
+        starts, end = self._starts[:there], self.places[there]
+
+        def inside(sums: Sequence[float]) -> NDArray[Any]:
+            found: NDArray[Any] = sums[end] - np.asarray(sums)[starts]
+            return found
+
+        fixed = inside(self.fixed)
+        for before, unit, size in self.tied:
+            if unit < end:
+                fixed = fixed + size * ((before < starts) & (starts <= unit))
+        return _Runs(
+            time=inside(self.time) + self._sends[:there] + self.send(end),
+            replay=inside(self.replay),
+            kept=inside(self.fronts.kept) + self._again[:there],
+            saved=inside(self.saved),
+            waits=inside(self.waiting),
+            fixed=fixed,
+            alone=np.maximum.accumulate(self._alone[:end][::-1])[::-1][starts],
+            state=self._state[:there],
+            last=self.units[end - 1].together + self.units[end - 1].alone,
+        )
+
+    def _times(self, stage: int, runs: _Runs) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """The time of each of these stages if it fits, infinite where it cannot; and whether it is known to fit."""
+        load = self.loads[stage]
+        replayed = runs.time + (2 if load.split else 1) * runs.replay  # each part of a split backward replays
+        if self.limit is None:
+            return replayed, np.ones(len(replayed), np.bool_)
+        fits = runs.stored(load) <= self.limit
+        return np.where(fits, runs.time, np.where(runs.floor(load) <= self.limit, replayed, inf)), fits
+
     def least_bottleneck(self) -> float:
         """The time of the slowest stage, as short as possible; infinite when nothing fits."""
-        places = self.places
-        best = [0.0, *[inf] * (len(places) - 1)]
+        ends, best = self._hopeful(), np.full(len(self.places), inf)
+        best[0] = 0.0
         for stage in range(len(self.loads)):
-            reached = [inf] * len(places)
-            for there in range(stage + 1, len(places)):
-                bounds = sorted(
-                    (max(best[here], self.least_time(places[here], places[there])), here)
-                    for here in range(stage, there)
-                )
-                for bound, here in bounds:
-                    if bound >= reached[there]:
+            reached = np.full(len(self.places), inf)
+            for there in sorted(ends[stage + 1] - {0}):
+                times, known = self._times(stage, self._runs(there))
+                bounds = np.maximum(best[:there], times)
+                while isfinite(bounds[here := int(bounds.argmin())]):
+                    if known[here] or self.option(stage, self.places[here], self.places[there]) is not None:
+                        reached[there] = bounds[here]
                         break
-                    option = self._timed(stage, places[here], places[there])
-                    reached[there] = min(reached[there], max(best[here], option))
+                    bounds[here] = inf
             best = reached
-        return best[-1]
+        return float(best[-1])
 
-    def _timed(self, stage: int, start: int, end: int) -> float:
-        """The time of the fastest way that fits."""
-        if self.limit is None:  # spares the search for its blocks
-            times = 2 if self.loads[stage].split else 1
-            return self.least_time(start, end) + times * (self.replay[end] - self.replay[start])
-        option = self.option(stage, start, end)
-        return inf if option is None else option.time
+    def _hopeful(self) -> list[set[int]]:
+        """For each number of stages: the places from which the others may reach the end, by what is cheap to say."""
+        count, last = len(self.loads), len(self.places) - 1
+        found = [{last}]
+        for stage in reversed(range(count)):
+            if self.limit is None:
+                found.append(set(range(stage, last - count + stage + 1)))
+                continue
+            starts: set[int] = set()
+            for there in found[-1]:
+                starts.update(np.flatnonzero(np.isfinite(self._times(stage, self._runs(there))[0])).tolist())
+            found.append(starts)
+        return found[::-1]
 
     def _within(self, bottleneck: float) -> list[FoundStage]:
         """Of the choices as fast as `bottleneck`, those that send least; of these, the one that takes least."""
@@ -331,12 +409,14 @@ class Search:
         edges: list[list[tuple[int, int, _Option]]] = []  # for each stage: start, end, how
         for stage in range(count):
             found = []
-            for here in sorted(ahead[stage] & behind[count - stage]):
-                for there in sorted(ahead[stage + 1] & behind[count - stage - 1]):
-                    if there > here and self._span(here, there) <= bottleneck:
-                        option = self.option(stage, self.places[here], self.places[there])
-                        if option is not None and option.time <= bottleneck:
-                            found.append((here, there, option))
+            starts = np.array(sorted(ahead[stage] & behind[count - stage]), np.int64)
+            for there in sorted(ahead[stage + 1] & behind[count - stage - 1]):
+                near = starts[starts < there]
+                times, _ = self._times(stage, self._runs(there))
+                for here in near[times[near] <= bottleneck].tolist():
+                    option = self.option(stage, self.places[here], self.places[there])
+                    if option is not None and option.time <= bottleneck:
+                        found.append((here, there, option))
             edges.append(found)
         return self._lightest(edges, last)
 
@@ -390,25 +470,43 @@ class Search:
 
     def least_memory(self) -> int:
         """The least that the fullest stage can take, whatever the time."""
-        places = self.places
-        bound = max(stage.peak for stage in Search(self.units, self.loads, None, self._fixed(), self.tied).run() or ())
-        best: list[float] = [0, *[inf] * (len(places) - 1)]
-        for stage in range(len(self.loads)):
-            reached: list[float] = [inf] * len(places)
-            for here in range(stage, len(places) - 1):
-                if not isfinite(best[here]):
-                    continue
-                for there in range(here + 1, len(places)):
-                    run = places[here], places[there]
-                    least = min(self.replayed(stage, *run).peak, self.stored(stage, *run).peak)
-                    if least > bound:
-                        break  # a longer stage takes no less
-                    reached[there] = min(reached[there], max(best[here], least))
+        rest, bound = self._memory_ahead()
+        best = np.full(len(self.places), inf)
+        best[0] = 0
+        for stage, load in enumerate(self.loads):
+            reached = np.full(len(self.places), inf)
+            for there in np.flatnonzero(rest[stage + 1] <= bound).tolist():
+                runs = self._runs(there)
+                stored = runs.stored(load)
+                reached[there] = np.maximum(best[:there], stored).min(initial=inf)
+                bounds = np.maximum(best[:there], np.minimum(stored, runs.floor(load)))
+                while there and bounds[here := int(bounds.argmin())] < min(reached[there], bound + 1):
+                    took = self.replayed(stage, self.places[here], self.places[there]).peak
+                    reached[there] = min(reached[there], max(best[here], min(took, stored[here])))
+                    bounds[here] = inf
             best = reached
         return int(best[-1])
 
-    def _fixed(self) -> list[int]:
-        return [after - before for before, after in pairwise(self.fixed)]
+    def _memory_ahead(self) -> tuple[list[NDArray[np.float64]], int]:
+        """For each number of stages and place: what the stages behind take at least; and what some plan does take."""
+        count = len(self.loads)
+        rest = [np.full(len(self.places), inf) for _ in range(count + 1)]
+        following = np.zeros((count, len(self.places)), np.int64)
+        rest[count][-1] = 0
+        for stage in reversed(range(count)):
+            load = self.loads[stage]
+            for there in np.flatnonzero(np.isfinite(rest[stage + 1])).tolist():
+                runs = self._runs(there)
+                least = np.maximum(np.minimum(runs.stored(load), runs.floor(load)), rest[stage + 1][there])
+                better = least < rest[stage][:there]
+                rest[stage][:there][better] = least[better]
+                following[stage, :there][better] = there
+        here, bound = 0, 0
+        for stage in range(count):
+            there = int(following[stage, here])
+            run = stage, self.places[here], self.places[there]
+            bound, here = max(bound, min(self.replayed(*run).peak, self.stored(*run).peak)), there
+        return rest, bound
 
 
 def least_blocks(units: Sequence[Unit], in_flight: int = 1) -> tuple[tuple[int, ...], int]:
