@@ -13,7 +13,8 @@ from torch import nn
 from mhc_compile.conversion import conversion
 from mhc_compile.errors import ConfigError, PartitionError, wrong
 from mhc_compile.passes.capture import graph_input
-from mhc_compile.passes.cost import CostModel, Device, exact_length, formula_length
+from mhc_compile.passes.cost import CostModel, Device
+from mhc_compile.passes.cost_values import exact_length, formula_length
 from mhc_compile.passes.plan_devices import loads, shared
 from mhc_compile.passes.plan_search import FoundStage, Search
 from mhc_compile.passes.profile import profile_units

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from graphs import randomize, zoo_model
 from mhc_compile import mhc_compile
-from mhc_compile.passes.cost import CostModel, Device, block_objective, exact_length, formula_length
+from mhc_compile.passes.cost import CostModel, Device
 from mhc_compile.passes.cost_tables import _OPS, _UNFUSED, traffic
+from mhc_compile.passes.cost_values import block_objective, exact_length, formula_length
 from mhc_compile.passes.emit import copy_graph
 from mhc_compile.passes.lower import lower
 from mhc_compile.passes.profile import profile_units

@@ -12,12 +12,13 @@ import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import sqrt
 from typing import Any
 
 import torch
 from torch import fx
 
+from mhc_compile.passes.cost_tables import UnitCosts, text
+from mhc_compile.passes.cost_values import NodeCost, SiteSize
 from mhc_compile.passes.dataflow import parameter_behind
 from mhc_compile.passes.dry_run import DryRun, Saved, dry_run, partitioned
 from mhc_compile.passes.emit import copy_graph
@@ -44,28 +45,6 @@ class Device:
     def rate(self, dtype: torch.dtype) -> float:
         """FLOP/s for a dtype: half of it in (TF)32 bits, a tenth in 64."""
         return self.flops * {2: 1.0, 4: 0.5, 8: 0.1}.get(dtype.itemsize, 1.0)
-
-
-@dataclass(frozen=True)
-class NodeCost:
-    """One op, for one microbatch: FLOPs, bytes moved, and seconds, forward and backward.
-
-    kept: bytes that it is the first to save for the backward. replayed: it may be computed again in the backward, which
-    takes replay_seconds.
-    """
-
-    name: str
-    op: str
-    site: str
-    flops: int
-    backward_flops: int
-    bytes: int
-    backward_bytes: int
-    kept: int
-    replayed: bool
-    seconds: float
-    backward_seconds: float
-    replay_seconds: float
 
 
 # Backward FLOPs over forward ones, by the formulas in `kernels`.
@@ -310,19 +289,16 @@ class CostModel:
         return [_site_size(site) for site in self.sites]
 
     def __str__(self) -> str:
-        from mhc_compile.passes.cost_tables import text
-
-        return text(self)
-
-
-@dataclass(frozen=True)
-class SiteSize:
-    """Streams, features, tokens of a microbatch, and bytes of one stream (`one`) of a site."""
-
-    n: int
-    features: int
-    tokens: int
-    one: int
+        rows = [
+            UnitCosts(
+                tuple(site.name for site in self.sites_of_units[number]),
+                tuple(self.nodes[node] for node in self._nodes_of(number) if node in self.nodes),
+                unit,
+                self.seconds[number],
+            )
+            for number, unit in enumerate(self.units)
+        ]
+        return text(self.site_sizes, rows)
 
 
 def _site_size(site: SiteSpan) -> SiteSize:
@@ -428,23 +404,3 @@ def _site_of(node: fx.Node) -> object:
 
 def _is_coefficient(node: fx.Node) -> bool:
     return node.target in READS or node.target in (mhc.sinkhorn.default, mhc.constrain.default)
-
-
-# ---------------------------------------------------------------------------------------------- L_r*
-
-
-def formula_length(streams: int, sites: int) -> float:
-    """The paper's sites a block: sqrt(n L / (n + 2))."""
-    return sqrt(streams * sites / (streams + 2))
-
-
-def block_objective(states: Sequence[int], replays: Sequence[int], length: int) -> int:
-    """The paper's objective for blocks of `length` sites: first states of all blocks, and the largest replay."""
-    starts = range(0, len(states), length)
-    return sum(states[start] for start in starts) + max(sum(replays[start : start + length]) for start in starts)
-
-
-def exact_length(states: Sequence[int], replays: Sequence[int]) -> int:
-    """The length with the least objective, the shortest of equals."""
-    lengths = range(1, len(states) + 1)
-    return min(lengths, key=lambda length: block_objective(states, replays, length))

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from rich.console import Console
 from rich.table import Table
 
-from mhc_compile.passes.cost import CostModel, NodeCost, SiteSize, exact_length, formula_length
-from mhc_compile.passes.plan_search import least_blocks
+from mhc_compile.passes.cost_values import NodeCost, SiteSize, exact_length, formula_length
+from mhc_compile.passes.plan_search import Unit, least_blocks
 from mhc_compile.passes.quantities import count_text, duration, plural, size
-from mhc_compile.passes.stages import SiteSpan
 
 _WIDTH = 110  # of a printed table when the output is no terminal
 
 
-def text(model: CostModel) -> str:
-    """All tables."""
+@dataclass(frozen=True)
+class UnitCosts:
+    """What lies between two legal cuts: the names of its sites, its ops, and its seconds forward and backward."""
+
+    sites: tuple[str, ...]
+    ops: tuple[NodeCost, ...]
+    unit: Unit
+    seconds: tuple[float, float]
+
+
+def text(sizes: Sequence[SiteSize], units: Sequence[UnitCosts]) -> str:
+    """All tables; sizes: of each site."""
     console = Console(file=io.StringIO(), width=min(Console().width, _WIDTH) if Console().is_terminal else _WIDTH)
-    groups = Counter(model.site_sizes)
+    groups = Counter(sizes)
     for one, number in groups.items():
         console.print(
             f"{plural(number, 'site')} of n = {one.n} streams, C = {one.features}, {plural(one.tokens, 'token')} of "
@@ -30,8 +41,8 @@ def text(model: CostModel) -> str:
         )
     tables = (
         ("forward traffic of a residual stream, elements a token (the paper's table 2):", traffic_table(groups)),
-        ("activations with replay in equal blocks (the paper's table 3):", activation_table(model, groups)),
-        (lengths_text(model), site_table(model)),
+        ("activations with replay in equal blocks (the paper's table 3):", activation_table(sizes, units)),
+        (lengths_text(sizes, units), site_table(units)),
     )
     for title, table in tables:
         console.print(title, markup=False, highlight=False)
@@ -96,11 +107,11 @@ def _count(number: int) -> str:
     return f"{number:,}"
 
 
-def activation_table(model: CostModel, groups: Counter[SiteSize]) -> Table:
+def activation_table(sizes: Sequence[SiteSize], units: Sequence[UnitCosts]) -> Table:
     """Table 3: what is kept of a site and what is replayed, a token and for all sites of a microbatch."""
     table = _table("value", "elements", "bytes", "kept")
-    length = _exact(model)
-    for one, number in groups.items():
+    length = _exact(sizes)
+    for one, number in Counter(sizes).items():
         wide, narrow = one.n * one.features, one.features
         states = -(-number // length) * one.n * one.one
         table.add_row("first state of a block", _count(wide), size(states), f"every {plural(length, 'site')}")
@@ -108,56 +119,46 @@ def activation_table(model: CostModel, groups: Counter[SiteSize]) -> Table:
         longest = min(length, number)
         for name, width in (("state", wide), ("aggregate", narrow), ("its norm", narrow)):
             table.add_row(name, _count(width), size(longest * one.one * width // narrow), f"while {longest} replay")
-    units = model.units
-    branches = sum(unit.kept for unit in units)
+    branches = sum(one.unit.kept for one in units)
     table.add_row("all that this graph's branches keep", "", size(branches), "always")
-    table.add_row("all that its sites keep without replay", "", size(sum(unit.saved for unit in units)), "")
+    table.add_row("all that its sites keep without replay", "", size(sum(one.unit.saved for one in units)), "")
     return table
 
 
-def _exact(model: CostModel) -> int:
-    sizes = model.site_sizes
+def _exact(sizes: Sequence[SiteSize]) -> int:
     if not sizes:
         return 1
     return exact_length([one.n * one.one for one in sizes], [(one.n + 2) * one.one for one in sizes])
 
 
-def lengths_text(model: CostModel) -> str:
+def lengths_text(sizes: Sequence[SiteSize], units: Sequence[UnitCosts]) -> str:
     """L_r* by the formula, by the objective, and as planned for one stage and one microbatch."""
-    sizes = model.site_sizes
     if not sizes:
         return "no sites: nothing to replay"
-    blocks, peak = least_blocks(model.units)
-    bounds = pairwise([*blocks, len(model.units)])
-    lengths = [sum(len(sites) for sites in model.sites_of_units[start:end]) for start, end in bounds]
+    blocks, peak = least_blocks([one.unit for one in units])
+    bounds = pairwise([*blocks, len(units)])
+    lengths = [sum(len(one.sites) for one in units[start:end]) for start, end in bounds]
     planned = ", ".join(str(length) for length in lengths if length)
     return (
-        f"sites a block: {formula_length(sizes[0].n, len(sizes)):.2f} by sqrt(nL / (n + 2)), {_exact(model)} by the "
+        f"sites a block: {formula_length(sizes[0].n, len(sizes)):.2f} by sqrt(nL / (n + 2)), {_exact(sizes)} by the "
         f"exact objective, {planned} as planned for one stage (peak {size(peak)})"
     )
 
 
-def site_table(model: CostModel) -> Table:
+def site_table(units: Sequence[UnitCosts]) -> Table:
     """The work of each site and its branch, and the graph's other parts."""
     table = _table("site", "FLOPs", "of mHC", "moved", "kept", "of mHC", "forward", "backward")
-    for sites, numbers, unit, seconds in zip(
-        model.sites_of_units, model.ranges, model.units, model.seconds, strict=True
-    ):
-        ops = [model.nodes[node] for node in map(model.layout.nodes.__getitem__, numbers) if node in model.nodes]
+    for one in units:
         table.add_row(
-            _named(sites),
-            count_text(sum(op.flops + op.backward_flops for op in ops)),
-            count_text(sum(op.flops + op.backward_flops for op in ops if _is_mhc(op))),
-            size(sum(op.bytes + op.backward_bytes for op in ops)),
-            size(unit.kept),
-            size(unit.saved),
-            *map(duration, seconds),
+            ", ".join(one.sites) or "(no site)",
+            count_text(sum(op.flops + op.backward_flops for op in one.ops)),
+            count_text(sum(op.flops + op.backward_flops for op in one.ops if _is_mhc(op))),
+            size(sum(op.bytes + op.backward_bytes for op in one.ops)),
+            size(one.unit.kept),
+            size(one.unit.saved),
+            *map(duration, one.seconds),
         )
     return table
-
-
-def _named(sites: list[SiteSpan]) -> str:
-    return ", ".join(site.name for site in sites) or "(no site)"
 
 
 def _is_mhc(op: NodeCost) -> bool:

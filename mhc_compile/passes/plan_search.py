@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from math import inf, isfinite
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -269,6 +268,8 @@ class Search:
             np.array([getattr(units[place], name) if place else first for place in self.places[:-1]], np.int64)
             for name, first in (("again", 0), ("state", units[0].state))
         )
+        self._time = np.array(self.time)
+        self._sums = [np.array(one) for one in (self.replay, self.fronts.kept, self.saved, self.waiting, self.fixed)]
         self._sends = np.array([self.send(place) for place in self.places[:-1]])
 
     # ------------------------------------------------------------------------------------------ one stage
@@ -341,26 +342,27 @@ class Search:
     def _runs(self, there: int) -> _Runs:
         """Of all starts before a place."""
         starts, end = self._starts[:there], self.places[there]
-
-        def inside(sums: Sequence[float]) -> NDArray[Any]:
-            found: NDArray[Any] = sums[end] - np.asarray(sums)[starts]
-            return found
-
-        fixed = inside(self.fixed)
+        replay, kept, saved, waits, fixed = (sums[end] - sums[starts] for sums in self._sums)
         for before, unit, size in self.tied:
             if unit < end:
                 fixed = fixed + size * ((before < starts) & (starts <= unit))
         return _Runs(
-            time=inside(self.time) + self._sends[:there] + self.send(end),
-            replay=inside(self.replay),
-            kept=inside(self.fronts.kept) + self._again[:there],
-            saved=inside(self.saved),
-            waits=inside(self.waiting),
+            time=self._spans(there),
+            replay=replay,
+            kept=kept + self._again[:there],
+            saved=saved,
+            waits=waits,
             fixed=fixed,
             alone=np.maximum.accumulate(self._alone[:end][::-1])[::-1][starts],
             state=self._state[:there],
             last=self.units[end - 1].together + self.units[end - 1].alone,
         )
+
+    def _spans(self, there: int) -> NDArray[np.float64]:
+        """The least time of a stage that ends at a place, for all starts before it."""
+        starts, end = self._starts[:there], self.places[there]
+        found: NDArray[np.float64] = self._time[end] - self._time[starts] + self._sends[:there] + self.send(end)
+        return found
 
     def _times(self, stage: int, runs: _Runs) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """The time of each of these stages if it fits, infinite where it cannot; and whether it is known to fit."""
@@ -411,32 +413,30 @@ class Search:
             found = []
             starts = np.array(sorted(ahead[stage] & behind[count - stage]), np.int64)
             for there in sorted(ahead[stage + 1] & behind[count - stage - 1]):
-                near = starts[starts < there]
-                times, _ = self._times(stage, self._runs(there))
+                near, runs = starts[starts < there], self._runs(there)
+                times, known = self._times(stage, runs)
+                peaks = runs.stored(self.loads[stage])
                 for here in near[times[near] <= bottleneck].tolist():
-                    option = self.option(stage, self.places[here], self.places[there])
+                    if known[here] and self.limit is not None:
+                        option: _Option | None = _Option(float(times[here]), int(peaks[here]), ())
+                    else:
+                        option = self.option(stage, self.places[here], self.places[there])
                     if option is not None and option.time <= bottleneck:
                         found.append((here, there, option))
             edges.append(found)
         return self._lightest(edges, last)
 
-    def _span(self, here: int, there: int) -> float:
-        return self.least_time(self.places[here], self.places[there])
-
     def _reachable(self, bottleneck: float, backwards: bool = False) -> list[set[int]]:
         """For each number of stages: the places that so many fast stages, counted from one end, may lead to."""
         last = len(self.places) - 1
+        near = [np.flatnonzero(self._spans(there) <= bottleneck) for there in range(last + 1)]
         found = [{last if backwards else 0}]
         for _ in self.loads:
-            reached: set[int] = set()
-            for place in found[-1]:
-                for other in range(place - 1, -1, -1) if backwards else range(place + 1, last + 1):
-                    low, high = (other, place) if backwards else (place, other)
-                    if self.time[self.places[high]] - self.time[self.places[low]] > bottleneck:
-                        break
-                    if self._span(low, high) <= bottleneck:
-                        reached.add(other)
-            found.append(reached)
+            if backwards:
+                found.append({here for there in found[-1] for here in near[there].tolist()})
+            else:
+                inside = np.isin(np.arange(last + 1), list(found[-1]))
+                found.append({there for there in range(last + 1) if inside[near[there]].any()})
         return found
 
     def _lightest(self, edges: list[list[tuple[int, int, _Option]]], last: int) -> list[FoundStage]:
