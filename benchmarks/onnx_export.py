@@ -6,7 +6,8 @@ For each model, plain `torch.onnx.export(dynamo=True)` of the plain model and `e
 turn in one process; the ratio is of the best processor times. Then the files: the full check of onnx, the calls of the
 domain `mhc` by site, and the largest error of onnxruntime against torch, in units of the largest output, at three
 shapes, for the plain file as well. mHC weights are random and not those of the identity. Mixtures of experts run as
-batched products; grouped ones have no ONNX form. What the exporter cannot do is recorded with its op and line.
+batched products; grouped ones have no ONNX form. Indexers take every position, as torch and onnxruntime choose among
+equal scores differently. What the exporter cannot do is recorded with its op and line.
 
 `zoo` are the models of tests/zoo.py, those that are mHC already among them; `more` those of tests/models.py. FILE keeps
 what it has of other models, so that a long run can be made in pieces.
@@ -40,6 +41,7 @@ from mhc_compile.export import ONNXFile
 LIMIT = 1e-5
 TIMES, SECONDS = 1.5, 3.0  # an export may take this many times the plain one, and this much longer
 BATCHES = (3, 1)  # of the other two shapes; positions become 3 and 1 fewer
+POSITIONS = 64  # more than any input has
 SITE = Counter(["Coefficients", "Sinkhorn", "Aggregate", "Merge"])
 
 
@@ -70,6 +72,9 @@ def build(make: Callable[[], nn.Module]) -> nn.Module:
     model = make().eval()
     if hasattr(model, "set_experts_implementation") and any("xperts" in type(one).__name__ for one in model.modules()):
         model.set_experts_implementation("batched_mm")
+    for module in model.modules():
+        if "Indexer" in type(module).__name__ and hasattr(module, "index_topk"):
+            module.index_topk = POSITIONS  # all: which of equal scores are the top ones is left open
     return model
 
 
@@ -233,7 +238,7 @@ def check(
         found["ratio"] = round(found["mhc"]["cpu_s"] / found["plain"]["cpu_s"], 2)
         found["plain"]["errors"] = errors(plain, given, plain_file)
     by_site = {site: calls for site, calls in groups(written.path).items() if site != "mhc"}
-    found["sites"] = len(by_site)
+    found["sites"] = len(written.sites)
     found["calls"] = written.calls
     if subject.sites is not None:
         found["one group a site"] = len(by_site) == subject.sites and all(one == SITE for one in by_site.values())
@@ -272,16 +277,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--skip-known", action="store_true", help="leave out what FILE has already")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--table", action="store_true", help="only print FILE as the table of docs/inspecting.md")
     options = parser.parse_args()
+    if options.table:
+        print(table(json.loads(options.out.read_text(encoding="utf-8"))["models"]))
+        return
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     lists = subjects()
-    known = {**lists["more"], **lists["zoo"]}
+    known = {**lists["zoo"], **lists["more"]}
     chosen = list(lists.get(options.models) or options.models.split(","))
     record: dict[str, Any] = {
         "torch": torch.__version__,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, 1 thread",
+        "load": round(os.getloadavg()[0], 1),
         "models": {},
     }
     if options.out and options.out.exists():
@@ -314,6 +324,34 @@ def row(name: str, found: dict[str, Any]) -> str:
         return f"{start}  {found['mhc']['refused']} | plain: {plain}"
     mark = "" if found["right"] else f"  WRONG (plain: {plain})"
     return f"{start} {found.get('ratio', 0):6.2f} {found['sites']:5}  {found['mhc']['errors']}{mark}"
+
+
+def table(models: dict[str, Any]) -> str:
+    """The results as the page on ONNX has them."""
+    head = ["model", "sites", "largest error, plain / mHC", "export in s, plain / mHC", "sizes that may change"]
+    rows = [head, ["---"] * len(head)]
+    for name, found in models.items():
+        if "refused" in found["mhc"]:
+            rows.append([name, "", "", f"refused, {_also(found['plain'])}", f"`{found['mhc']['refused']}`"])
+            continue
+        off = " / ".join(_largest(found[one]) for one in ("plain", "mhc"))
+        times = " / ".join(str(found[one].get("cpu_s", "refused")) for one in ("plain", "mhc"))
+        rows.append([name, str(found["sites"]), off, times, _free(found["inputs"])])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _also(plain: dict[str, Any]) -> str:
+    return "as plain" if "refused" in plain else "not as plain"
+
+
+def _largest(one: dict[str, Any]) -> str:
+    off = one.get("errors", "")
+    return f"{max(off):.0e}" if isinstance(off, list) else "does not run" if off else ""
+
+
+def _free(inputs: dict[str, list[int | str]]) -> str:
+    names = dict.fromkeys(size for shape in inputs.values() for size in shape if isinstance(size, str))
+    return ", ".join(f"`{name}`" for name in names)
 
 
 if __name__ == "__main__":

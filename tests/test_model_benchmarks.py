@@ -16,7 +16,7 @@ from torch import nn
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # for the folder `benchmarks`
 
-from benchmarks import fusion, priority_merge, simulated_scale, train_step, turns  # noqa: E402
+from benchmarks import fusion, onnx_export, priority_merge, simulated_scale, train_step, turns  # noqa: E402
 from benchmarks.mixture import Mixture  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -246,3 +246,12 @@ def test_the_page_has_the_table_of_the_results() -> None:
     assert simulated_scale.with_table(page, text) == page, "run python -m benchmarks.simulated_scale --write"
     with pytest.raises(SystemExit, match=r"docs/pipeline\.md has to hold one"):
         simulated_scale.with_table("no markers", "new")
+
+
+def test_the_page_on_onnx_has_the_committed_results() -> None:
+    """What is refused or does not run is so for the plain model as well."""
+    found = json.loads((ROOT / "benchmarks" / "results" / "onnx_export_cpu.json").read_text())["models"]
+    assert onnx_export.table(found) in (ROOT / "docs" / "inspecting.md").read_text()
+    assert sum(one.get("right", False) for one in found.values()) > 20
+    wrong = [one["plain"] for one in found.values() if not one.get("right")]
+    assert all("refused" in plain or isinstance(plain["errors"], str) for plain in wrong)
