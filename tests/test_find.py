@@ -88,8 +88,8 @@ def test_the_export_door_finds_the_same_sites(name: str) -> None:
 
 
 def _entries() -> list[Any]:
-    kinds = {**dict.fromkeys(SLOW, [pytest.mark.slow]), **dict.fromkeys(SWEPT, [pytest.mark.sweep])}
-    return [pytest.param(entry, id=entry.name, marks=kinds.get(entry.name, [])) for entry in models.MODELS]
+    kinds = dict.fromkeys(SLOW, pytest.mark.slow) | dict.fromkeys(SWEPT, pytest.mark.sweep)
+    return [pytest.param(entry, id=entry.name, marks=kinds.get(entry.name, ())) for entry in models.MODELS]
 
 
 @pytest.mark.parametrize("entry", _entries())
