@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from typing import Any
 
@@ -370,12 +371,8 @@ class Converted:
 
     def __init__(self, name: str, n: int = 4, **options: Any) -> None:
         self.name = name
-        self.model, self.inputs = fresh(name)
-        self.plain = first_output(self.run)
-        mhc_compile(self.model, n, **{"backend": "eager", "example_inputs": self.inputs, **options})
-        randomize(self.model)
-        self.expected = first_output(self.run)
-        assert float((self.plain - self.expected).abs().max()) > FAR, "the test could not tell mHC from plain"
+        made = _converted(name, n, tuple(sorted(options.items())))
+        self.model, self.inputs, self.plain, self.expected = copy.deepcopy(made)  # a copy compiles anew
 
     def run(self) -> Any:
         """One call."""
@@ -386,6 +383,20 @@ class Converted:
         actual = first_output(lambda: model(**self.inputs)).to(self.expected.dtype)
         assert float((actual - self.plain).abs().max()) > FAR, "the plain model ran"
         assert float((actual - self.expected).abs().max()) <= tolerance * float(self.expected.abs().max())
+
+
+@cache
+def _converted(
+    name: str, n: int, options: tuple[tuple[str, Any], ...]
+) -> tuple[nn.Module, dict[str, Any], Tensor, Tensor]:
+    """Converted and called once for all tests of a process: model, inputs, the plain output, and the converted one."""
+    model, inputs = fresh(name)
+    plain = first_output(lambda: model(**inputs))
+    mhc_compile(model, n, **{"backend": "eager", "example_inputs": inputs, **dict(options)})
+    randomize(model)
+    expected = first_output(lambda: model(**inputs))
+    assert float((plain - expected).abs().max()) > FAR, "the test could not tell mHC from plain"
+    return model, inputs, plain, expected
 
 
 def fresh(name: str) -> tuple[nn.Module, dict[str, Any]]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphs import float_outputs, is_float, randomize, small_model, zoo_model
+from hf_pairs import BUILD, zoo_inputs
 from mhc_compile import ExportError, RewriteError, ShapeError, mhc_compile, trace
 
 pytestmark = [
@@ -48,7 +49,7 @@ class Converted:
     """A converted model with random mHC weights, its inputs, its output and the plain model's output."""
 
     def __init__(self, name: str, backend: str = "eager") -> None:
-        self.model, self.inputs = small_model(name) if name == SMALL else zoo_model(name)
+        self.model, self.inputs = small_model(name) if name == SMALL else (BUILD[name](), zoo_inputs(name))
         with torch.no_grad():
             self.plain = first_float(self.model(**self.inputs))
             mhc_compile(self.model, n=4, backend=backend, example_inputs=self.inputs)

@@ -24,6 +24,8 @@ pytestmark = [
 ]
 
 SLOW = {"mobilevit", "funnel", "rwkv", "falcon_h1", "zamba2", "swin"}  # more than 3 s each
+# Their trunks are made as those of others in the list: llama, mixtral, phi, gemma2, wav2vec2, convnext, bart, swin.
+SWEPT = {"qwen3", "qwen2_moe", "cohere", "gemma3", "sew", "convnextv2", "whisper", "pvt_v2"}
 EXPORTED = ("llama", "bert", "t5", "albert", "resnet")
 REFERENCE = [name for name, *_ in zoo.REFERENCE]
 
@@ -105,8 +107,8 @@ def test_an_assertion_is_no_reader_of_a_sum(door: str) -> None:
 
 
 def _entries() -> list[Any]:
-    marks = {entry.name: [pytest.mark.slow] if entry.name in SLOW else [] for entry in models.MODELS}
-    return [pytest.param(entry, id=entry.name, marks=marks[entry.name]) for entry in models.MODELS]
+    kinds = dict.fromkeys(SLOW, pytest.mark.slow) | dict.fromkeys(SWEPT, pytest.mark.sweep)
+    return [pytest.param(entry, id=entry.name, marks=kinds.get(entry.name, ())) for entry in models.MODELS]
 
 
 @pytest.mark.parametrize("entry", _entries())

@@ -26,10 +26,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),
 ]
 
-LAYERS = 3
+LAYERS = 2  # of DeepSeek, all of one kind
 # An exit that is a mean over streams (GLM) is one op of a graph of its own, behind graph breaks.
 EXPECTED = {
-    "deepseek_v4": dict(coefficients=7, sinkhorn=6, aggregate=7, merge=6),
+    "deepseek_v4": dict(coefficients=5, sinkhorn=4, aggregate=5, merge=4),
     "glm5_next": dict(coefficients=4, sinkhorn=4, aggregate=4, merge=4),
     "hy_v4": dict(coefficients=7, aggregate=7, merge=6),
 }
@@ -75,6 +75,8 @@ def model_of(name: str, *, train: bool) -> tuple[nn.Module, dict[str, Any]]:
     model, inputs = zoo_model(name)
     if name == "glm5_next":
         model = shorter_glm(model)
+    if name == "deepseek_v4":
+        del model.model.layers[LAYERS:]
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "hc" in key:
@@ -120,8 +122,15 @@ def spread(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return float((error / sum(float(value.norm()) ** 2 for value in theirs.values())) ** 0.5)
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", MODELS)
+# GLM breaks the graph in every layer and is slow to capture: in eval mode it is left to the sweep.
+MODES = [
+    pytest.param(name, train, id=f"{name}-{mode}", marks=[pytest.mark.sweep] * (name == "glm5_next" and not train))
+    for name in MODELS
+    for train, mode in ((True, "train"), (False, "eval"))
+]
+
+
+@pytest.mark.parametrize(("name", "train"), MODES)
 def test_every_site_and_exit_is_found_and_computes_the_same(name: str, train: bool) -> None:
     model, inputs = model_of(name, train=train)
     eager = run(model, model, inputs)
