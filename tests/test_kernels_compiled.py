@@ -23,6 +23,7 @@ from mhc_compile.errors import ShapeError
 from mhc_compile.kernels import triton_launch, triton_streams_backward
 from mhc_compile.kernels.convention import DEEPSEEK_V4, HEAD, HUNYUAN_V4, PAPER, Before, Convention
 from mhc_compile.kernels.triton_aggregate import aggregate
+from mhc_compile.kernels.triton_aggregate_backward import aggregate_backward
 from mhc_compile.kernels.triton_coefficients import read
 from mhc_compile.kernels.triton_expand import expand, expand_backward
 from mhc_compile.kernels.triton_implicit import sinkhorn_implicit_backward
@@ -30,7 +31,6 @@ from mhc_compile.kernels.triton_launch import Launch, record
 from mhc_compile.kernels.triton_merge import merge
 from mhc_compile.kernels.triton_merge_backward import merge_backward
 from mhc_compile.kernels.triton_merge_read import merge_read
-from mhc_compile.kernels.triton_products import read_products
 from mhc_compile.kernels.triton_replay import replay_block
 from mhc_compile.kernels.triton_single_pass import merge_read_early
 from mhc_compile.kernels.triton_sinkhorn import sinkhorn, sinkhorn_backward
@@ -236,13 +236,16 @@ def test_early_reads_in_other_forms(on: Callable[[Target], None]) -> None:
         check_instructions(compiled(launches, H200), H200, {})
 
 
-def test_the_products_of_a_read_alone(on: Callable[[Target], None]) -> None:
-    """Of a site whose merge has made all else."""
-    on(H200)
-    for n in (4, 16):
+def test_the_backward_of_a_read_by_itself(on: Callable[[Target], None]) -> None:
+    for target, n in ((H200, 4), (H200, 16), (MI300, 4)):
+        on(target)
         with record(run=False) as launches:
-            read_products(meta(TOKENS, FEATURES, dtype=torch.bfloat16), meta(TOKENS, n, FEATURES, dtype=torch.bfloat16))
-        check_instructions(compiled(launches, H200), H200, {"products": 1 + n})
+            aggregate_backward(
+                meta(TOKENS, FEATURES, dtype=torch.bfloat16),
+                meta(TOKENS, n, FEATURES, dtype=torch.bfloat16),
+                meta(TOKENS, n),
+            )
+        check_instructions(compiled(launches, target), target, {"aggregate_backward": 1 + n})
 
 
 @pytest.mark.parametrize("target", [A100, H200, B200, MI300], ids=lambda t: t.name)

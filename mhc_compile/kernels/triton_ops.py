@@ -1,7 +1,6 @@
 """The ops on Triton kernels, with the signatures of ``plain`` and ``site_plain``.
 
-What of level 1 has no backward kernel of its own runs in plain torch: the backward of an aggregate or a merge by
-itself.  A site that was lowered needs neither.
+The backward of a merge by itself is two launches; a site that was lowered does not need it.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mhc_compile.kernels import plain
 from mhc_compile.kernels.convention import Before, Coefficients, Convention
 from mhc_compile.kernels.triton_aggregate import aggregate
+from mhc_compile.kernels.triton_aggregate_backward import aggregate_backward
 from mhc_compile.kernels.triton_coefficients import coefficients as _coefficients
 from mhc_compile.kernels.triton_coefficients import read as _read
 from mhc_compile.kernels.triton_expand import expand, expand_backward, readout, readout_backward
@@ -27,9 +26,15 @@ from mhc_compile.kernels.triton_sinkhorn import sinkhorn as _sinkhorn
 from mhc_compile.kernels.triton_sinkhorn import sinkhorn_backward as _sinkhorn_backward
 from mhc_compile.kernels.triton_site_backward import crosses, site_backward
 
-__all__ = ["aggregate", "crosses", "expand", "expand_backward", "readout", "readout_backward"]
-
-aggregate_backward = plain.aggregate_backward
+__all__ = [
+    "aggregate",
+    "aggregate_backward",
+    "crosses",
+    "expand",
+    "expand_backward",
+    "readout",
+    "readout_backward",
+]
 
 
 def coefficients(

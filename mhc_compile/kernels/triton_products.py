@@ -6,7 +6,7 @@ A branch needs df before it can give du, and dpost and dres nobody needs before 
 site has made df of its G (:mod:`triton_streams_backward`), all products with X wait for du, and X is read once.
 
 dpre is the gradient of whatever u was read with: the site's own pre, or, with single-pass reads, that of the site
-before.  :func:`read_products` is dpre alone, for a site whose merge has made dpost and dres.
+before.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from mhc_compile.kernels.triton_coefficients_backward import pre_backward_tile
 from mhc_compile.kernels.triton_launch import STREAM_DTYPES, cdiv, check, check_streams, jit, launch
 from mhc_compile.kernels.triton_merge_backward import merge_backward_tile
 from mhc_compile.kernels.triton_sinkhorn import store_matrix
@@ -50,12 +49,13 @@ def _products(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     valid = rows < tokens
     to_pre = zeros(N if du is not None else 0, BLOCK_T, BLOCK_C // VECTOR)
-    to_post = zeros(N if grad is not None else 0, BLOCK_T, BLOCK_C // VECTOR)
-    to_res = zeros(N * N if grad is not None else 0, BLOCK_T, BLOCK_C // VECTOR)
+    to_post = zeros(N, BLOCK_T, BLOCK_C // VECTOR)
+    to_res = zeros(N * N, BLOCK_T, BLOCK_C // VECTOR)
     for start in range(0, C, BLOCK_C):
         columns = start + tl.arange(0, BLOCK_C)
         mask = valid[:, None] & (columns < C)[None, :]
         x = load_streams(streams, rows, columns, mask, N, C)
+        branch = load_rows(f, rows, columns, mask, C)
         pre_sums = nothing()
         if du is not None:
             input_grad = load_rows(du, rows, columns, mask, C)
@@ -63,21 +63,18 @@ def _products(
                 pre_sums += (to_pre[j] + partial_products(input_grad, x[j], VECTOR),)
         post_sums = nothing()
         res_sums = nothing()
-        if grad is not None:
-            branch = load_rows(f, rows, columns, mask, C)
-            for i in tl.static_range(N):
-                g = load_rows(grad + i * C, rows, columns, mask, N * C)
-                post_sums += (to_post[i] + partial_products(g, branch, VECTOR),)
-                for j in tl.static_range(N):
-                    res_sums += (to_res[i * N + j] + partial_products(g, x[j], VECTOR),)
+        for i in tl.static_range(N):
+            g = load_rows(grad + i * C, rows, columns, mask, N * C)
+            post_sums += (to_post[i] + partial_products(g, branch, VECTOR),)
+            for j in tl.static_range(N):
+                res_sums += (to_res[i * N + j] + partial_products(g, x[j], VECTOR),)
         to_pre = pre_sums
         to_post = post_sums
         to_res = res_sums
     if du is not None:
         store_vector(dpre, row_sums(to_pre), rows, valid, N)
-    if grad is not None:
-        store_vector(dpost, row_sums(to_post), rows, valid, N)
-        store_matrix(dres, row_sums(to_res), rows, valid, N, N, N * N, TRANSPOSED)
+    store_vector(dpost, row_sums(to_post), rows, valid, N)
+    store_matrix(dres, row_sums(to_res), rows, valid, N, N, N * N, TRANSPOSED)
 
 
 def products(
@@ -88,47 +85,26 @@ def products(
     ``grad`` [..., n, C] is the gradient of the merged streams, ``du`` [..., C] that of the branch's input, ``f``
     [..., C] what the branch gave.  ``transposed``: res and dres are [in, out].
     """
-    n, features = streams.shape[-2:]
-    lead = tuple(streams.shape[:-2])
-    dpre, dpost, dres = None if du is None else _sums(streams, n), _sums(streams, n), _sums(streams, n, n)
-    given: dict[str, Tensor | None] = {
-        "grad": check("grad", grad, "[..., n, C]", tuple(streams.shape), streams, streams.dtype),
-        "f": check("f", f, "[..., C]", (*lead, features), streams, *STREAM_DTYPES),
-    }
-    tile = merge_backward_tile(n, features, streams.element_size())
-    _launch(streams, du, given, {"dpre": dpre, "dpost": dpost, "dres": dres}, tile, transposed)
-    return dpre, dpost, dres
-
-
-def read_products(du: Tensor, streams: Tensor) -> Tensor:
-    """``<du, X_i>`` [..., n], float32, for the gradient ``du`` [..., C] of ``sum_i w_i X_i``; up to 16 streams."""
-    sums = _sums(streams, streams.shape[-2])
-    tile = pre_backward_tile(streams.shape[-1], streams.element_size())
-    _launch(streams, du, {"grad": None, "f": None}, {"dpre": sums, "dpost": None, "dres": None}, tile, False)
-    return sums
-
-
-def _sums(streams: Tensor, *shape: int) -> Tensor:
-    return torch.empty((*streams.shape[:-2], *shape), dtype=torch.float32, device=streams.device)
-
-
-def _launch(
-    streams: Tensor,
-    du: Tensor | None,
-    given: dict[str, Tensor | None],
-    writes: dict[str, Tensor | None],
-    tile: tuple[int, int, int],
-    transposed: bool,
-) -> None:
     tokens, n, features = check_streams(streams)
+    lead = tuple(streams.shape[:-2])
     if du is not None:
-        du = check("du", du, "[..., C]", (*streams.shape[:-2], features), streams, streams.dtype)
-    block_t, block_c, vector = tile
+        du = check("du", du, "[..., C]", (*lead, features), streams, streams.dtype)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty((*lead, *shape), dtype=torch.float32, device=streams.device)
+
+    dpre, dpost, dres = None if du is None else empty(n), empty(n), empty(n, n)
+    block_t, block_c, vector = merge_backward_tile(n, features, streams.element_size())
     launch(
         _products,
         (cdiv(tokens, block_t),),
-        reads={**given, "du": du, "streams": streams.contiguous()},
-        writes=writes,
+        reads={
+            "grad": check("grad", grad, "[..., n, C]", tuple(streams.shape), streams, streams.dtype),
+            "du": du,
+            "streams": streams.contiguous(),
+            "f": check("f", f, "[..., C]", (*lead, features), streams, *STREAM_DTYPES),
+        },
+        writes={"dpre": dpre, "dpost": dpost, "dres": dres},
         constants={
             "tokens": tokens,
             "N": n,
@@ -139,3 +115,4 @@ def _launch(
             "VECTOR": vector,
         },
     )
+    return dpre, dpost, dres

@@ -14,8 +14,8 @@ and in a chain of sites, where the last pass of the next site has made df alread
 
 With single-pass reads, where u was read with the pre of the site before, the same passes give that its gradient:
 ``<du, X_i>`` of `products` goes there and not to the site's own pre, whose gradient the site behind this one has given,
-and du comes into dX with those weights.  The units are the same.  Where `merge_backward` has run, du has a pass of its
-own, `products` of du and X alone.
+and du comes into dX with those weights.  The units are the same.  Where `merge_backward` has run, that gradient is a
+pass of its own over du and X, in place of `coefficients_backward`'s.
 
 The product ``sum_i res_ij G_i`` is never in memory by itself.  :func:`site_backward` is all but ``merge_backward``.
 """
@@ -74,11 +74,12 @@ def site_backward(
 
     ``weights`` [..., n] is what u was read with, if that is not the site's own pre; the gradients have one for it, too.
     """
+    from mhc_compile.kernels.triton_aggregate_backward import weights_backward
     from mhc_compile.kernels.triton_coefficients import check_parameters
     from mhc_compile.kernels.triton_coefficients_backward import coefficients_backward
     from mhc_compile.kernels.triton_launch import check, check_streams
     from mhc_compile.kernels.triton_phi_backward import add_shares, phi_shares
-    from mhc_compile.kernels.triton_products import products, read_products
+    from mhc_compile.kernels.triton_products import products
     from mhc_compile.kernels.triton_project import pack
     from mhc_compile.kernels.triton_streams_backward import streams_backward
     from mhc_compile.kernels.triton_wide_backward import wide_backward
@@ -100,7 +101,7 @@ def site_backward(
     if f is None or grad is None:
         to_sum, given = du, others
         if weights is not None and du is not None:
-            to_sum, dweights = None, read_products(du, streams)
+            to_sum, dweights = None, weights_backward(du, streams)
     else:
         found = products(grad, du, streams, f, convention.transposed)
         if weights is not None:
