@@ -124,7 +124,7 @@ steps)
     within 400 python3 -m benchmarks.train_step --seconds 330 --out "$OUT/train_step.json" 2>&1 |
         tee "$OUT/train_step.log"
     say "training steps (exit code ${PIPESTATUS[0]})"
-    within "$(left)" python3 -m benchmarks.fusion --seconds $(($(left) - 60)) --out "$OUT/fusion.json" \
+    within "$(left)" python3 -m benchmarks.fusion --layers 1 --seconds $(($(left) - 60)) --out "$OUT/fusion.json" \
         2>&1 | tee "$OUT/fusion.log"
     say "fusion (exit code ${PIPESTATUS[0]})"
     ;;
