@@ -1,6 +1,6 @@
 """What `backend="mhc"` does to models that are mHC: their graphs, how long they compile, and the time of a step.
 
-python -m benchmarks.fusion [--only NAMES] [--layers 1] [--rounds 5] [--threads 1] [--seconds N] [--out FILE]
+python -m benchmarks.fusion [--only NAMES] [--layers 1,4,8] [--rounds 5] [--threads 1] [--seconds N] [--out FILE]
 python -m benchmarks.fusion --dry                  tiny, without inductor: everything but figures that mean something
 
 Each model runs eager, under inductor, and under "mhc", in one process; their outputs and gradients are compared before
@@ -8,7 +8,9 @@ anything is timed. The models are those of `transformers` in tiny random-weight 
 is mHC written by hand; its fourth contestant is the same function from `mhc_compile`.
 
 Graphs: calls in the graphs that reach the backend, before and behind matching, lowering and fusing, and of these what
-belongs to mHC, for each site (the exit's share included). Compile: the first forward and backward, with empty caches.
+belongs to mHC, for each site (the exit's share included). Compile: the first forward and backward, with empty caches,
+behind what a process pays once (imports, the check of the processor's instructions). Each depth is a part of its own:
+what inductor compiles grows with the layers, the bodies of the ops are compiled once for all sites.
 Step: medians, all contestants in turn. On a CPU ratios are of processor time, which other work on the machine disturbs
 less than the clock.
 
@@ -24,6 +26,7 @@ import copy
 import gc
 import json
 import operator
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -461,18 +464,28 @@ class Run:
 
 def run_models(run: Run, options: Any, device: str) -> None:
     backends = {"inductor": "aot_eager", "mhc": Counter()} if options.dry else {"inductor": "inductor", "mhc": "mhc"}
-    for name in options.names:
+    for layers in options.layers:
+        for name in options.names:
 
-        def all_of(row: Row, name: str = name) -> None:
-            torch._dynamo.reset()
-            subject = SUBJECTS[name](options.layers, device, "eager" if options.dry else "inductor")
-            row |= {"layers": options.layers, "graph": graphs(subject)}
-            print(f"{name}: {row['graph']}", flush=True)
-            run.save()
-            if not options.graphs:
-                compile_and_run(row, subject, backends, options.rounds)
+            def all_of(row: Row, name: str = name, layers: int = layers) -> None:
+                torch._dynamo.reset()
+                subject = SUBJECTS[name](layers, device, "eager" if options.dry else "inductor")
+                row |= {"layers": layers, "graph": graphs(subject), "load_average_before": round(os.getloadavg()[0], 1)}
+                print(f"{name}: {row['graph']}", flush=True)
+                run.save()
+                if not options.graphs:
+                    compile_and_run(row, subject, backends, options.rounds)
 
-        run.part(name, all_of)
+            run.part(part_name(name, layers), all_of)
+
+
+def part_name(name: str, layers: int) -> str:
+    return name if layers == 1 else f"{name}, {layers} layers"
+
+
+def of_models(data: Row) -> dict[str, Row]:
+    """The parts that are models at some depth."""
+    return {name: row for name, row in data["parts"].items() if name in SUBJECTS or name.endswith(" layers")}
 
 
 def run_at_scale(run: Run, options: Any, device: str) -> None:
@@ -507,7 +520,7 @@ def run_at_scale(run: Run, options: Any, device: str) -> None:
 
 def tables(data: Row) -> list[Table]:
     """What is printed in the end."""
-    models = {name: row for name, row in data["parts"].items() if name in SUBJECTS}
+    models = of_models(data)
     counted = table("graph", "sites", "calls", "behind", "a site", "behind", "ops a site", "behind")
     timed = table("model", "contestant", "first call", "kernels", "forward", "and backward", "error")
     for name, row in models.items():
@@ -537,10 +550,14 @@ def table(*headers: str) -> Table:
     return made
 
 
+def depths(text: str) -> list[int]:
+    return [int(one) for one in text.split(",")]
+
+
 def arguments(words: list[str] | None) -> Any:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(SUBJECTS), help="models, with commas; none for an empty word")
-    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--layers", type=depths, default=[1, 4, 8], help="with commas")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--graphs", action="store_true", help="count calls in graphs alone, which takes seconds")
@@ -561,6 +578,8 @@ def main(words: list[str] | None = None) -> Row:
     device = "cuda" if torch.cuda.is_available() and not options.dry else "cpu"
     if device == "cpu":
         torch._inductor.config.compile_threads = 1  # compilers are children of this process, and their time is seen
+    if not options.dry:
+        torch.compile(lambda x: x + 1)(torch.ones(3, device=device))
     run = Run(options.out, time.monotonic() + options.seconds, {**environment(), "parts": {}})
     if options.scale or device == "cuda":
         run_at_scale(run, options, device)  # first: what only a GPU can show
@@ -569,7 +588,7 @@ def main(words: list[str] | None = None) -> Row:
     for one in tables(run.data):
         console.print(one)
     for name, row in run.data["parts"].items():
-        if name not in SUBJECTS:
+        if name not in of_models(run.data):
             console.print(f"{name}: {json.dumps(row)}", markup=False, highlight=False)
     return run.data
 

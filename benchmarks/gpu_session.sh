@@ -128,7 +128,7 @@ steps)
     within 350 python3 -m benchmarks.train_step --seconds 290 --out "$OUT/train_step.json" 2>&1 |
         tee "$OUT/train_step.log"
     say "training steps (exit code ${PIPESTATUS[0]})"
-    within "$(left)" python3 -m benchmarks.fusion --seconds $(($(left) - 60)) --out "$OUT/fusion.json" \
+    within "$(left)" python3 -m benchmarks.fusion --layers 1 --seconds $(($(left) - 60)) --out "$OUT/fusion.json" \
         2>&1 | tee "$OUT/fusion.log"
     say "fusion (exit code ${PIPESTATUS[0]})"
     ;;

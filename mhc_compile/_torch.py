@@ -8,9 +8,11 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import traceback
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +29,7 @@ try:
     )
     from torch._C._dynamo.eval_frame import set_eval_frame
     from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
+    from torch._dynamo import convert_frame, eval_frame
     from torch._dynamo.backends.registry import lookup_backend
     from torch._dynamo.eval_frame import skip_code
     from torch._dynamo.exc import (
@@ -54,6 +57,7 @@ except ImportError as error:  # pragma: no cover - depends on the installed torc
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _counter = itertools.count()
+_TORCH = str(Path(torch.__file__).parent)
 
 __all__ = [
     "BackendCompilerFailed",
@@ -76,6 +80,7 @@ __all__ = [
     "dynamo_source_name",
     "fake_mode_of",
     "forward_mode",
+    "fragment",
     "fresh_function",
     "function_transforms",
     "get_hash_for_files",
@@ -107,6 +112,36 @@ def dynamo_source_name(placeholder: fx.Node) -> str:
         return ""
     name = source.name  # a method up to torch 2.9, a property since
     return str(name() if callable(name) else name)
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Where a graph of Dynamo is from: the function that torch.compile was given, and whether its call ends there."""
+
+    root: tuple[str, int, str] | None  # file, line and name: Dynamo replaces the code when the function goes on
+    ends: bool
+
+
+def fragment(gm: fx.GraphModule) -> Fragment:
+    """The place of a graph that a backend is called with, read from the stack; where that is unknown, a whole call."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    compiled, callers = None, list[types.CodeType]()
+    for frame, _ in traceback.walk_stack(None):
+        path, name = frame.f_code.co_filename, frame.f_code.co_name
+        if path == eval_frame.__file__ and name == "compile_wrapper":
+            break
+        if path == convert_frame.__file__:
+            compiled = frame.f_locals.get("code", compiled)
+        elif compiled is not None and not path.startswith(_TORCH):
+            callers.append(frame.f_code)
+    else:
+        return Fragment(None, True)
+    if compiled is None:
+        return Fragment(None, True)
+    root, *others = [*reversed(callers), compiled]
+    continues = all(code.co_name.startswith("torch_dynamo_resume_in_") for code in others)
+    place = (root.co_filename, root.co_firstlineno, root.co_name)
+    return Fragment(place, continues and not getattr(reason, "graph_break", False))
 
 
 def fake_mode_of(values: Iterable[object]) -> FakeTensorMode | None:

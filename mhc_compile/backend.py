@@ -195,10 +195,14 @@ def _drop_anchor(graph: fx.GraphModule, anchor: fx.Node) -> None:
     graph.recompile()
 
 
+_with_mhc: set[tuple[str, int, str]] = set()  # functions that gave a graph with mHC
+
+
 def mhc(gm: fx.GraphModule, example_inputs: list[Any], *, options: Any = None, mode: str | None = None) -> Any:
     """`torch.compile(model, backend="mhc")`: for models that are mHC already. Converts nothing.
 
-    Compiles with inductor (`mode` and `options` are handed to it). Warns when the graph holds no mHC.
+    Compiles with inductor (`mode` and `options` are handed to it). Warns when a model holds no mHC: once, with its last
+    graph, where graph breaks cut it into many.
     """
     chosen = {**inductor_settings(), **(torch._inductor.list_mode_options(mode) if mode else {}), **(options or {})}
     with _torch.caches_of(fingerprint()):
@@ -213,9 +217,14 @@ def _matched(gm: fx.GraphModule) -> fx.GraphModule:
     graph, found = normalize(gm, examples), list[Matches]()
     run_passes(graph, [*match_passes(found), *level_2("inductor")])
     (matches,) = found
+    place = _torch.fragment(gm)
     if matches.ops:
+        if place.root is not None:
+            _with_mhc.add(place.root)
         graph.recompile()
         return graph
+    if not place.ends or place.root in _with_mhc:
+        return gm  # a part of a call: others may hold some, or did
     nearest = f"; nearest: {matches.refused[0]}" if matches.refused else ""
     warnings.warn(
         f'backend="mhc" found 0 mHC sites in this graph and leaves it to inductor{nearest}; legal: the graph of a '

@@ -12,9 +12,10 @@ and everything where compilation is switched off (``TORCHDYNAMO_DISABLE=1``) or 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import CDLL
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,8 +45,8 @@ def read(
     coefficients = plain.empty_coefficients(phi, lead, n, convention.groups)
     z, r = phi.new_empty((columns, *lead)), phi.new_empty(lead)
     given = (x, phi, made, alpha.contiguous(), bias.contiguous())
-    addresses = _addresses(*given, u if aggregates else None, *coefficients, z, r)
-    bodies.mhc_read(*addresses, _settings(convention), tokens, features, _threads(x))
+    tensors = (*given, u if aggregates else None, *coefficients, z, r)
+    _run(bodies.mhc_read, tensors, _settings(convention), tokens, features, _threads(x))
     return u, *coefficients, z, r
 
 
@@ -77,22 +78,27 @@ def read_backward(
     (width, columns), x = phi.shape, streams.contiguous()
     tokens = x.numel() // width
     du, dpre, dpost, dres, g = map(_dense, (grad_u, grad_pre, grad_post, grad_res, grad_merged))
-    dz, pull, dalpha, dbias = (phi.new_empty(size) for size in ((tokens, columns), tokens, len(alpha), columns))
-    shares = phi.new_empty((-(-tokens // CHUNK), 2, columns))
-    given = (du, dpre, dpost, dres, x, z.contiguous(), r.contiguous(), alpha.contiguous(), bias.contiguous())
-    sizes = (tokens, features, _threads(x))
-    bodies.mhc_read_backward(*_addresses(*given, dz, pull, dalpha, dbias, shares), _settings(convention), *sizes)
-    dx, matrix = x.new_empty(streams.shape if wants_streams else (0,)), None if convention.res == "none" else res
-    per_token, variant = (du, g, pre, matrix, pull), (convention.transposed, convention.rounded)
+    variant, sizes = (convention.transposed, convention.rounded), (tokens, features, _threads(x))
+    matrix = None if convention.res == "none" else res
+    dx = x.new_empty(streams.shape if wants_streams else (0,))
+    dalpha, dbias = alpha.new_empty(alpha.shape), bias.new_empty(bias.shape)
+    saved = (z.contiguous(), r.contiguous(), alpha.contiguous(), bias.contiguous())
     if tokens * phi.numel() <= FEW:
         dphi = phi.new_empty(phi.shape)
-        addresses = _addresses(x, phi.contiguous(), dz, dphi, dx if wants_streams else None, *per_token)
-        bodies.mhc_read_backward_few(*addresses, *variant, columns, *sizes)
+        results = (dx if wants_streams else None, dphi, dalpha, dbias)
+        weights = (pre.contiguous(), _dense(matrix))
+        tensors = (du, dpre, dpost, dres, g, x, phi.contiguous(), *saved, *weights, *results)
+        _run(bodies.mhc_read_backward_few, tensors, _settings(convention), *variant, *sizes)
         return dx, dphi, dalpha, dbias
+    dz, pull = phi.new_empty((tokens, columns)), phi.new_empty(tokens)
+    shares = phi.new_empty((-(-tokens // CHUNK), 2, columns))
+    through = (du, dpre, dpost, dres, x, *saved, dz, pull, dalpha, dbias, shares)
+    _run(bodies.mhc_read_backward, through, _settings(convention), *sizes)
     rows = x.view(tokens, width)
     if wants_streams:
-        rest = [None if one is None else one.view(tokens, -1) for one in per_token]
-        _write_streams(bodies, dx.view(tokens, width), [rows, *rest], dz, phi, (*variant, features))
+        given = (du, g, pre.contiguous(), _dense(matrix))
+        per_token = [rows, *(None if one is None else one.view(tokens, -1) for one in given), pull]
+        _write_streams(bodies, dx.view(tokens, width), per_token, dz, phi, (*variant, features))
     return dx, site_plain._projected(rows.view(tokens, n, features), dz.t(), phi), dalpha, dbias
 
 
@@ -105,8 +111,8 @@ def merge(
         return plain.merge(streams, f, post, res, transposed, rounded)
     x, branch = streams.contiguous(), f.to(streams.dtype).contiguous()
     merged = x.new_empty(x.shape)
-    addresses = _addresses(x, branch, post.contiguous(), _dense(res), merged)
-    bodies.mhc_merge(*addresses, transposed, rounded, *_sizes(x))
+    tensors = (x, branch, post.contiguous(), _dense(res), merged)
+    _run(bodies.mhc_merge, tensors, transposed, rounded, *_sizes(x))
     return merged
 
 
@@ -121,8 +127,8 @@ def branch_backward(
     x, entries = streams.contiguous(), 0 if mix == "identity" else n
     df, dpost, dres = x.new_empty(f.shape), post.new_empty(post.shape), post.new_empty((*lead, entries, entries))
     given = (grad.contiguous(), x, f.to(x.dtype).contiguous(), post.contiguous())
-    addresses = _addresses(*given, df, dpost, dres if entries else None)
-    bodies.mhc_branch_backward(*addresses, mix == "transposed", rounded, *_sizes(x))
+    tensors = (*given, df, dpost, dres if entries else None)
+    _run(bodies.mhc_branch_backward, tensors, mix == "transposed", rounded, *_sizes(x))
     return df.to(f.dtype), dpost, dres
 
 
@@ -136,8 +142,9 @@ def _bodies(streams: Tensor) -> CDLL | None:
 _settings = cache(cpu_library.Settings.of)
 
 
-def _addresses(*tensors: Tensor | None) -> list[int | None]:
-    return [None if one is None else one.data_ptr() for one in tensors]
+def _run(body: Callable[..., None], tensors: Sequence[Tensor | None], *rest: Any) -> None:
+    """Call with the addresses of tensors, which live until it returns: some are copies that nobody else holds."""
+    body(*[None if one is None else one.data_ptr() for one in tensors], *rest)
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
@@ -177,5 +184,5 @@ def _write_streams(
     for t in plain._tiles(len(dx), dx):
         out = dx[t]
         wide = plain._product(dz[t], phi.t(), out=out if dx.dtype == phi.dtype else None)
-        addresses = _addresses(out, wide, *(None if one is None else one[t] for one in per_token))
-        bodies.mhc_streams(*addresses, transposed, rounded, len(out), features, _threads(out))
+        tensors = (out, wide, *(None if one is None else one[t] for one in per_token))
+        _run(bodies.mhc_streams, tensors, transposed, rounded, len(out), features, _threads(out))

@@ -58,7 +58,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "mhc_read": (*[c_void_p] * 11, POINTER(Settings), *_SIZES),
     "mhc_read_backward": (*[c_void_p] * 14, POINTER(Settings), *_SIZES),
     "mhc_streams": (*[c_void_p] * 8, c_int, c_int, *_SIZES),
-    "mhc_read_backward_few": (*[c_void_p] * 10, c_int, c_int, c_int, *_SIZES),
+    "mhc_read_backward_few": (*[c_void_p] * 17, POINTER(Settings), c_int, c_int, *_SIZES),
     "mhc_merge": (*[c_void_p] * 5, c_int, c_int, *_SIZES),
     "mhc_branch_backward": (*[c_void_p] * 7, c_int, c_int, *_SIZES),
 }

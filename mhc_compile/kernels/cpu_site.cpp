@@ -500,20 +500,27 @@ EXPORT void mhc_streams(Element *dx, const float *wide, const Element *x, const 
   }
 }
 
-// For few tokens, all behind dz: dphi [n C, columns] = vec(x)^T dz and, if dx is wanted, that.
-EXPORT void mhc_read_backward_few(const Element *x, const float *phi, const float *dz, float *dphi, Element *dx,
-                                  const Element *du, const Element *grad, const float *pre, const float *res,
-                                  const float *pull, int transposed, int rounds, int columns, int64_t tokens,
+// For few tokens, all of it: dphi [n C, columns] = vec(x)^T dz too and, unless null, dx.
+EXPORT void mhc_read_backward_few(const Element *du, const float *dpre, const float *dpost, const float *dres,
+                                  const Element *grad, const Element *x, const float *phi, const float *z_turned,
+                                  const float *r, const float *alpha, const float *bias, const float *pre,
+                                  const float *res, Element *dx, float *dphi, float *dalpha, float *dbias,
+                                  const Convention *convention, int transposed, int rounds, int64_t tokens,
                                   int64_t features, int threads) {
-  const int64_t width = N * features;
+  const int columns = convention->columns();
+  const int64_t width = N * features, shares = 2 * columns * ((tokens + CHUNK - 1) / CHUNK);
+  float *room = new float[shares + tokens * (columns + 1) + width * (columns + tokens)];
+  float *dz = room + shares, *pull = dz + tokens * columns, *turned = pull + tokens, *wide = turned + width * columns;
+  mhc_read_backward(du, dpre, dpost, dres, x, z_turned, r, alpha, bias, dz, pull, dalpha, dbias, room, convention,
+                    tokens, features, threads);
   product(x, 1, width, dz, dphi, width, tokens, columns);
-  if (!dx) return;
-  float *turned = new float[width * (columns + tokens)], *wide = turned + width * columns;
-  for (int64_t k = 0; k < width; ++k)
-    for (int c = 0; c < columns; ++c) turned[c * width + k] = phi[k * columns + c];
-  product(dz, columns, 1, turned, wide, tokens, columns, width);
-  mhc_streams(dx, wide, x, du, grad, pre, res, pull, transposed, rounds, tokens, features, threads);
-  delete[] turned;
+  if (dx) {
+    for (int64_t k = 0; k < width; ++k)
+      for (int c = 0; c < columns; ++c) turned[c * width + k] = phi[k * columns + c];
+    product(dz, columns, 1, turned, wide, tokens, columns, width);
+    mhc_streams(dx, wide, x, du, grad, pre, res, pull, transposed, rounds, tokens, features, threads);
+  }
+  delete[] room;
 }
 
 // x [T, n, C], f [T, C], post [T, n], res [T, n, n] or null -> out [T, n, C]
