@@ -56,7 +56,7 @@ def derive(model: nn.Module, *, cached: bool = True) -> dict[str, Any]:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     if name not in _MAKERS:
         raise ConfigError(wrong("the model's main input", repr(name), ", ".join(_MAKERS), "pass example_inputs=..."))
-    inputs = {name: _MAKERS[name](config).to(device)}
+    inputs: dict[str, Any] = {name: _MAKERS[name](config).to(device)}
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = _ids(config)[:, :5].to(device)
     if not cached and "use_cache" in inspect.signature(model.forward).parameters:
