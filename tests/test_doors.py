@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from graphs import float_outputs, is_float, randomize, small_model, zoo_model
 from hf_pairs import BUILD, zoo_inputs
 from mhc_compile import ExportError, RewriteError, ShapeError, mhc_compile, trace
+from mhc_compile.example_inputs import derive
 
 pytestmark = [
     # torch announces the end of TorchScript at every use
@@ -329,6 +330,7 @@ def test_a_traced_model_takes_its_inputs_by_name() -> None:
     given = {"input_ids": inputs["input_ids"], "use_cache": False, "attention_mask": mask}
     mhc_compile(model.eval(), n=2, backend="eager", example_inputs=given)
     randomize(model)
+    assert derive(model, cached=False)["use_cache"] is False, "what it is traced with where no inputs are given"
     traced = trace(model, given)
     targets = [node.target for node in traced.graph_module.graph.nodes]
     assert targets.count(torch.ops.mhc.readout.default) == 1
