@@ -161,6 +161,22 @@ def test_a_site_moves_what_its_kernels_do(kernels: str, first: Any, inner: Any, 
     assert inner[0] * one < sum(op.bytes for op in ops) < (inner[0] + 1) * one + (N * WIDTH + 9) * (N * N + 2 * N) * 99
 
 
+def test_single_pass_reads_are_in_the_launches_of_the_merges() -> None:
+    torch.manual_seed(0)
+    model, inputs = Chain(4), (torch.randn(2, TOKENS // 2, WIDTH),)
+    mhc_compile(model, N, backend="eager", example_inputs=inputs, single_pass=True)
+    made = rewritten(model, inputs)
+    costs = CostModel(made.graph, made.arguments, kernels="chain")
+    by_site = {site.name: [0.0, 0.0] for site in costs.sites}
+    *ops, (_, exit_read) = costs.moves.items()
+    for node, moved in ops:
+        for place, part in enumerate((moved.forward, moved.backward)):
+            by_site[node.meta["mhc_site"]][place] += part.units(N)
+    # The first reads the mean of equal streams; the merge of the last is by itself, and the exit is read behind it.
+    assert list(by_site.values()) == [[13, 23], [10, 24], [10, 24], [10, 29]]
+    assert exit_read.forward.units(N) == 5
+
+
 def test_a_site_that_stays_on_level_1_moves_what_its_ops_do() -> None:
     torch.manual_seed(0)
     model, inputs = Chain(2), (torch.randn(2, TOKENS // 2, WIDTH),)

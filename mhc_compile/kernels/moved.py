@@ -28,6 +28,7 @@ class Moved:
 PROJECT = Moved(1, 0)  # X
 FINISH = Moved(1, 1)  # X -> u
 MERGE = Moved(2, 1)  # X, f -> X'; `merge_project` as well
+EARLY = Moved(0, 1)  # -> u of a single-pass read, in the launch that merges
 MERGE_BACKWARD = Moved(2, 2)  # G, X, f -> df
 MERGE_BACKWARD_UNMIXED = Moved(1, 2)  # without res X is not read
 COEFFICIENTS_BACKWARD = Moved(1, 1)  # du, X
@@ -43,6 +44,7 @@ LAUNCHES = {
     "finish": FINISH,
     "merge": MERGE,
     "merge_project": MERGE,
+    "merge_read_early": MERGE + EARLY,
     "merge_backward": MERGE_BACKWARD,
     "coefficients_backward": COEFFICIENTS_BACKWARD,
     "products": PRODUCTS,

@@ -15,6 +15,7 @@ from torch import fx
 from mhc_compile.kernels.moved import (
     COEFFICIENTS_BACKWARD,
     CROSSING,
+    EARLY,
     FINISH,
     HEAD_BACKWARD,
     MERGE,
@@ -28,7 +29,7 @@ from mhc_compile.kernels.moved import (
     Moved,
 )
 from mhc_compile.passes.dataflow import Dataflow
-from mhc_compile.passes.lower import SiteOps, match
+from mhc_compile.passes.lower import SiteOps, match, with_early_read
 from mhc_compile.passes.op_kinds import packet
 
 mhc = torch.ops.mhc
@@ -55,7 +56,10 @@ def moves(flow: Dataflow, kernels: str) -> dict[fx.Node, OpMoves]:
         return found
     starts = [node for node in flow.nodes if node.target is mhc.coefficients.default]
     sites = {start: site for start in starts if isinstance(site := match(start, flow), SiteOps)}
-    pairs = _pairs(sites) if kernels == "chain" else {}
+    pairs: dict[fx.Node, fx.Node] = {}
+    if kernels == "chain":
+        sites = {start: with_early_read(site, flow) for start, site in sites.items()}
+        pairs = _pairs(sites)
     owners = {merge: site for site in sites.values() for merge in site.merges}
     for start, site in sites.items():
         before = owners[pairs[start]] if start in pairs else None
@@ -85,7 +89,7 @@ def _streams(merge: fx.Node) -> int:
 def _site(site: SiteOps, before: SiteOps | None, fused: Set[fx.Node], kernels: str) -> dict[fx.Node, OpMoves]:
     """before: the site whose merge is fused with this read; fused: all merges that are."""
     crosses, mixed = _leaves(site, fused), site.sinkhorn is not None
-    forward = (PROJECT if before is None else _NOTHING) + (FINISH if site.aggregates else _NOTHING)
+    forward = _read(site, before is not None)
     backward = PRODUCTS if crosses else COEFFICIENTS_BACKWARD
     backward += STREAMS_BACKWARD if site.merges else HEAD_BACKWARD
     backward += CROSSING if before is not None and _leaves(before, fused) else _NOTHING
@@ -96,7 +100,14 @@ def _site(site: SiteOps, before: SiteOps | None, fused: Set[fx.Node], kernels: s
         read = OpMoves(forward, backward, REPLAY if site.merges else FINISH)
         merge = OpMoves(MERGE, of_merge, _NOTHING)
     nothing = OpMoves(_NOTHING, _NOTHING, _NOTHING)
-    return {site.coefficients: read, **dict.fromkeys(site.aggregates, nothing), **dict.fromkeys(site.merges, merge)}
+    reads = (*site.aggregates, *site.early)
+    return {site.coefficients: read, **dict.fromkeys(reads, nothing), **dict.fromkeys(site.merges, merge)}
+
+
+def _read(site: SiteOps, fused: bool) -> Moved:
+    """The forward of a read, as far as it is not in the merge that it may be fused with."""
+    made = EARLY if site.early and fused else FINISH if site.early or site.aggregates else _NOTHING
+    return made if fused else PROJECT + made
 
 
 def _leaves(site: SiteOps, fused: Set[fx.Node]) -> bool:
