@@ -41,10 +41,16 @@ try:
     from torch._functorch.predispatch import _vmap_decrement_nesting as vmap_exit
     from torch._functorch.predispatch import _vmap_increment_nesting as vmap_enter
     from torch._library.custom_ops import OPDEFS
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        FakeTensor,
+        FakeTensorMode,
+    )
     from torch.autograd import forward_ad
     from torch.fx import _symbolic_trace
     from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 except ImportError as error:  # pragma: no cover - depends on the installed torch
     raise ImportError(
         f"mhc_compile does not know this torch ({torch.__version__}): {error}. Tested: 2.11 and 2.13."
@@ -53,7 +59,10 @@ except ImportError as error:  # pragma: no cover - depends on the installed torc
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _counter = itertools.count()
 
+SIZES_OF_DATA = (DynamicOutputShapeException, DataDependentOutputException)
+
 __all__ = [
+    "SIZES_OF_DATA",
     "BackendCompilerFailed",
     "DynamoUserError",
     "FailOnRecompileLimitHit",
@@ -67,6 +76,7 @@ __all__ = [
     "caches_of",
     "compile_graph",
     "compile_settings",
+    "dispatch_modes",
     "dynamo_is_off",
     "dynamo_source_name",
     "fake_mode_of",
@@ -263,6 +273,11 @@ def tracer() -> str | None:
     if torch.compiler.is_compiling() or getattr(torch._dynamo.config, "force_compile_during_fx_trace", False):
         return None
     return "torch.fx.symbolic_trace or make_fx" if _symbolic_trace._is_fx_tracing_flag else None
+
+
+def dispatch_modes() -> list[str]:
+    """The classes of the TorchDispatchModes at work (FlopCounterMode, ...), the innermost last."""
+    return [type(mode).__name__.lstrip("_") for mode in _get_current_dispatch_mode_stack()]
 
 
 _TRANSFORMS = {
