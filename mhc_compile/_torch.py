@@ -249,12 +249,14 @@ def compile_settings() -> Any:
     (transformers warns from within) are left out instead of breaking the graph. DDP's graph splitter is off: each of
     its fragments would widen and read out a part of a trunk by itself. A hook that is put on a module behind the first
     call, or taken off, compiles anew: Dynamo's default does not look, and would leave it out in silence.
+    Recurrent layers of torch are ops like others.
     """
     return torch._dynamo.config.patch(
         {
             "recompile_limit": 64,
             "optimize_ddp": False,
             "skip_nnmodule_hook_guards": False,
+            "allow_rnn": True,
             _IGNORED_LOGGING: _logging_functions(),
         }
     )
