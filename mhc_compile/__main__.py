@@ -132,7 +132,8 @@ def _add_export(commands: Any) -> None:
         "export",
         "write a model with mHC to an ONNX file",
         "Write a converted model, or one that is mHC by itself, to an ONNX file; each site is a group of calls named "
-        "after it. With --n a plain model is converted first. The weights are random, or those of the directory.",
+        "after it. With --n a plain model is converted first. The weights are random, or those of the directory. "
+        "A cache of keys and values is left out (use_cache=false).",
         "is not used",
         "mhc-compile export saved-mhc --out model.onnx\n  mhc-compile export gpt2 --n 4 --out gpt2.onnx",
     )
@@ -300,6 +301,9 @@ def _export(options: argparse.Namespace) -> int:
     with _only_json(options.json):
         built, inputs = _seeded(options)
         model = built.model
+        for module in model.modules():  # a cache of keys and values is an object that no file can hold
+            if getattr(getattr(module, "config", None), "use_cache", False):
+                module.config.use_cache = False
         if options.n is not None:
             with _progress(f"converting {type(model).__name__} to n = {options.n}"):
                 mhc_compile(model, n=options.n, example_inputs=inputs)

@@ -46,10 +46,16 @@ try:
     from torch._functorch.predispatch import _vmap_increment_nesting as vmap_enter
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
     from torch._library.custom_ops import OPDEFS
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        FakeTensor,
+        FakeTensorMode,
+    )
     from torch.autograd import forward_ad
     from torch.fx import _symbolic_trace
     from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 except ImportError as error:  # pragma: no cover - depends on the installed torch
     raise ImportError(
         f"mhc_compile does not know this torch ({torch.__version__}): {error}. Tested: 2.11 and 2.13."
@@ -59,7 +65,10 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _counter = itertools.count()
 _TORCH = str(Path(torch.__file__).parent)
 
+SIZES_OF_DATA = (DynamicOutputShapeException, DataDependentOutputException)
+
 __all__ = [
+    "SIZES_OF_DATA",
     "BackendCompilerFailed",
     "CustomGraphPass",
     "DynamoUserError",
@@ -76,6 +85,7 @@ __all__ = [
     "compile_settings",
     "compiler_cache",
     "cpp_compiler",
+    "dispatch_modes",
     "dynamo_is_off",
     "dynamo_source_name",
     "fake_mode_of",
@@ -302,12 +312,14 @@ def compile_settings() -> Any:
     (transformers warns from within) are left out instead of breaking the graph. DDP's graph splitter is off: each of
     its fragments would widen and read out a part of a trunk by itself. A hook that is put on a module behind the first
     call, or taken off, compiles anew: Dynamo's default does not look, and would leave it out in silence.
+    Recurrent layers of torch are ops like others.
     """
     return torch._dynamo.config.patch(
         {
             "recompile_limit": 64,
             "optimize_ddp": False,
             "skip_nnmodule_hook_guards": False,
+            "allow_rnn": True,
             _IGNORED_LOGGING: _LoggingMethods(),
         }
     )
@@ -326,6 +338,11 @@ def tracer() -> str | None:
     if torch.compiler.is_compiling() or getattr(torch._dynamo.config, "force_compile_during_fx_trace", False):
         return None
     return "torch.fx.symbolic_trace or make_fx" if _symbolic_trace._is_fx_tracing_flag else None
+
+
+def dispatch_modes() -> list[str]:
+    """The classes of the TorchDispatchModes at work (FlopCounterMode, ...), the innermost last."""
+    return [type(mode).__name__.lstrip("_") for mode in _get_current_dispatch_mode_stack()]
 
 
 _TRANSFORMS = {

@@ -44,8 +44,9 @@ def load(checkpoint: str | Path | Mapping[str, Any], model: nn.Module | None = N
             raise ConfigError(wrong("checkpoint", found, legal, step))
         return hugging_face.load_directory(Path(str(checkpoint)), attach, **options)
     if options:
-        step = "options are for from_pretrained: pass them with a directory"
-        raise ConfigError(wrong("option", repr(next(iter(options))), "none beside a model", step))
+        found = f"given the option {next(iter(options))!r} beside a model"
+        step = "for another backend pass a model that mhc_compile converted with it"
+        raise ConfigError(wrong("load", found, "options of from_pretrained, beside a directory", step))
     return _load_into(model, _read(checkpoint))
 
 

@@ -165,6 +165,7 @@ class Conversion:
                 return call(part, model, args, kwargs)
         except Exception as error:
             run = model.get_submodule(part)
+            _refuse_converted_inside(run, error)
             found = preconditions.explained(error, run, getattr(model, TREE), self.record, args, kwargs)
             if found is error:
                 raise
@@ -216,6 +217,15 @@ class Conversion:
             names = [name for name in names if name.startswith(f"{part}.")]
         backend = make(record, names)
         return torch.compile(_torch.fresh_function(anchored(original, part)), backend=backend, fullgraph=True)
+
+
+def _refuse_converted_inside(model: nn.Module, error: Exception) -> None:
+    """Raise RewriteError when a submodule of a converted model was converted by itself afterwards."""
+    for name, module in model.named_modules():
+        if module is not model and STATE in module.__dict__:
+            found = "converted by itself, after the model that holds it"
+            step = "restore() that submodule, or restore the model and convert the submodule alone"
+            raise RewriteError(wrong(f"{name} of {type(model).__name__}", found, "one conversion", step)) from error
 
 
 _STEPS = (Conversion.run, Conversion._retried, Conversion.with_hooks, Conversion._explained, Conversion._call)

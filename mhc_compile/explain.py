@@ -83,7 +83,8 @@ class Explanation:
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=min(Console().width, _WIDTH) if Console().is_terminal else _WIDTH)
-        counts = f"{len(self.sites)} sites on {_plural(len(self.trunks), 'trunk')}, {len(self.refused)} adds refused"
+        sites, trunks, refused = len(self.sites), len(self.trunks), len(self.refused)
+        counts = f"{_plural(sites, 'site')} on {_plural(trunks, 'trunk')}, {_plural(refused, 'add')} refused"
         if self.own is not None:
             own = f"{_plural(len(self.own.sites), 'site')} of its own, {_plural(len(self.own.heads), 'exit')}"
             console.print(f"{self.model}: {own}", markup=False, highlight=False)
@@ -105,7 +106,7 @@ class Explanation:
         for note in self.notes:
             console.print(f"note: {note}", markup=False, highlight=False)
         assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue().rstrip()
+        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).rstrip()
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain values, for JSON."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mhc_compile import _torch
 from mhc_compile.errors import CaptureError, ConfigError, ExportError, MHCError, RewriteError, ShapeError, wrong
-from mhc_compile.passes.capture import DYNAMO_ERRORS, translated
+from mhc_compile.passes.capture import DYNAMO_ERRORS, translated, under_a_mode
 from mhc_compile.passes.misfit import misfit, tensors
 from mhc_compile.record import Record, SiteRecord
 
@@ -258,6 +258,8 @@ def explained(
     error: Exception, model: nn.Module, tree: nn.Module, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Exception:
     """What to raise for an error in a call of a converted model: one of ours where the reason can be named."""
+    if "no compiled frames" in str(error) or "was not rewritten" in str(error):
+        error = under_a_mode(f"a converted {type(model).__name__}") or error
     if isinstance(error, DYNAMO_ERRORS):
         error = translated(error, model, args, kwargs)
     if not isinstance(error, MHCError) and not _speaks_of_tensors(error):

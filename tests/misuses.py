@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from graphs import randomize, zoo_model
 from mhc_compile import (
@@ -39,6 +40,7 @@ from mhc_compile import (
     RewriteError,
     ShapeError,
     composite_gains,
+    cost_model,
     draw,
     explain,
     export_onnx,
@@ -836,6 +838,31 @@ def a_conversion_without_dynamo(_: Path) -> Situation:
     return using(net(), call)
 
 
+@misuse(DOORS, CaptureError, "inside FlopCounterMode", "outside of dispatch modes", "trace(model, inputs), a module")
+def counting_flops_of_a_converted_model(_: Path) -> Situation:
+    def call(model: nn.Module) -> None:
+        with FlopCounterMode(display=False):
+            model(X)
+
+    return using(called(), call)
+
+
+@misuse(DOORS, CaptureError, "given a backward hook", "of the converted model itself", "take that hook off")
+def backward_hook_on_a_module_inside(_: Path) -> Situation:
+    model = called()
+    before = model(X).detach()
+    hook = model.first.register_full_backward_hook(lambda *_: None)
+    return Situation(lambda: model(X), run=lambda: model(X), expected=before, undo=hook.remove)
+
+
+@misuse(DOORS, RewriteError, "first of Net is converted by itself", "one conversion", "restore() that submodule")
+def a_submodule_converted_after_the_model(_: Path) -> Situation:
+    model = called()
+    before = model(X).detach()
+    mhc_compile(model.first, 2, backend="eager", example_inputs=X)
+    return Situation(lambda: model(X), run=lambda: model(X), expected=before, undo=lambda: restore(model.first))
+
+
 # ---------------------------------------------------------------------------------------------- sites
 
 SITES = "Sites changed by hand"
@@ -1263,7 +1290,7 @@ class KeyValueCache:
         self.keys = keys
 
 
-@misuse(TOOLS, CaptureError, "KeyValueCache'> in output", "a model that it exports", "pass use_cache=False")
+@misuse(TOOLS, CaptureError, "KeyValueCache, in which torch.export cannot look", "a model that it exports", "pass use_cache=False")
 def trace_with_a_cache(_: Path) -> Situation:
     def forward(self: Any, x: Tensor, use_cache: bool = False) -> Any:
         x = x + linear(self, x)
@@ -1317,6 +1344,26 @@ def the_gain_of_one_matrix_that_is_not_square(_: Path) -> Situation:
 @misuse(TOOLS, ShapeError, "the mixing matrices is [3, 4, 4]", "[3, 2, 2], that of the sites before", "of one trunk")
 def composite_gains_over_two_trunks(_: Path) -> Situation:
     return Situation(lambda: composite_gains([torch.ones(3, 2, 2), torch.ones(3, 4, 4)]))
+
+
+class Answer:
+    """An output class that torch does not know."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+class Answering(Net):
+    """A Net that returns one."""
+
+    def forward(self, x: Tensor) -> Answer:  # type: ignore[override]
+        return Answer(super().forward(x))
+
+
+@misuse(TOOLS, CaptureError, "returns a misuses.Answer", "a model that it exports", "register_pytree_node) first")
+def a_trace_of_an_output_of_a_class_of_its_own(_: Path) -> Situation:
+    model = mhc_compile(Answering(), 2, backend="eager", example_inputs=X)
+    return Situation(lambda: trace(model, X), model, lambda: model(X).value)
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -1544,6 +1591,17 @@ def memory_that_is_no_size(_: Path) -> Situation:
 @misuse(STAGES, PartitionError, "memory is 0.977 KiB", "at least 10.2 KiB", "pass memory=10432")
 def memory_that_nothing_fits(_: Path) -> Situation:
     return planning(memory=1000)
+
+
+def chosen(self: Any, x: Tensor) -> Tensor:
+    (rows,) = torch.where(x[:, 0, 0] > 0)
+    return x + torch.zeros_like(x).index_add(0, rows, linear(self, x)[rows])
+
+
+@misuse(STAGES, PartitionError, "depend on the values in a call", "follow from those of the inputs", "all rows and a")
+def sizes_that_depend_on_data(_: Path) -> Situation:
+    model = mhc_compile(own(chosen), 2, backend="eager", example_inputs=X)
+    return using(model, lambda model: cost_model(model, X))
 
 
 @misuse(STAGES, ConfigError, "the version of the plan is 99", "1 to 1", "make the plan again")

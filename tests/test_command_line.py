@@ -380,6 +380,14 @@ def test_export_converts_first_where_it_is_told(capsys: pytest.CaptureFixture[st
     assert not Path("plain.onnx").exists()
 
 
+def test_export_leaves_a_cache_out(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ("n_layer=1", "n_embd=16", "n_head=2", "vocab_size=64", "bos_token_id=1", "eos_token_id=2")
+    chosen = [word for size in sizes for word in ("--set", size)]
+    status, out, err = run(capsys, "export", "gpt2", "--n", "2", "--out", "gpt2.onnx", "--json", *chosen)
+    assert status == 0, err
+    assert list(json.loads(out)["outputs"]) == ["logits"]
+
+
 def test_the_seed_decides_the_weights(capsys: pytest.CaptureFixture[str]) -> None:
     weights = []
     for out, seed in (("a", []), ("b", ["--seed", "0"]), ("c", ["--seed", "1"])):

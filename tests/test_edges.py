@@ -283,6 +283,46 @@ def test_a_size_that_depends_on_the_data_is_no_obstacle() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+class SummedInDouble(nn.Module):
+    """A float32 model that adds in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.double() + self.linear(x).double()).float()
+
+
+def test_a_sum_in_float64_of_a_float32_model_is_a_site() -> None:
+    model = SummedInDouble()
+    expected = model(X)
+    mhc_compile(model, 4, example_inputs=X, backend="eager")
+    assert torch.allclose(model(X), expected, atol=1e-6)
+    randomize(model)
+    assert not torch.allclose(model(X), expected, atol=1e-3)
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer behind a skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.GRU(16, 16, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer(x)[0]
+
+
+def test_recurrent_layers_are_branches() -> None:
+    model, x = nn.Sequential(Recurrent(), Recurrent(), nn.LayerNorm(16)), X[:, None]
+    expected = model(x)
+    mhc_compile(model, 4, example_inputs=x, backend="eager")
+    assert torch.allclose(model(x), expected, atol=1e-6)
+    randomize(model)
+    assert not torch.allclose(model(x), expected, atol=1e-3)
+
+
 def test_a_default_device_does_not_move_the_values_that_sites_start_with() -> None:
     model = nn.Sequential(Block(), Block())
     with torch.device("meta"):

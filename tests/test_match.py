@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 import foreign_blocks as blocks
 from foreign_blocks import BATCH, BLOCKS, NEAR_MISSES, TOKENS, Block, C, N
 from graphs import capture
+from mhc_compile import explain
 from mhc_compile.passes import match as matcher
 from mhc_compile.passes import match_check
 from mhc_compile.passes.capture import Captured, normalize
@@ -361,3 +362,33 @@ def test_a_rule_that_is_wrong_is_taken_back_and_reported(rule: str, monkeypatch:
     assert rule.removeprefix("mhc::") not in found.ops
     assert any("would compute something else" in note for note in found.notes)
     assert_same_function(before.graph, after, before.arguments)
+
+
+class Written(nn.Module):
+    """A site in the logarithmic domain whose norm has the default eps, which goes by the dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phi, self.bias = nn.Parameter(torch.randn(N * C, N * N + 2 * N)), nn.Parameter(torch.randn(N * N + 2 * N))
+        self.alpha, self.linear = nn.Parameter(torch.rand(3) + 0.5), nn.Linear(C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        streams = x.unsqueeze(-2).expand(*x.shape[:-1], N, C)
+        pre, post, res = (F.rms_norm(streams.flatten(-2), (N * C,)) @ self.phi).split([N, N, N * N], -1)
+        pre = torch.sigmoid(self.alpha[0] * pre + self.bias[:N])
+        post = 2 * torch.sigmoid(self.alpha[1] * post + self.bias[N : 2 * N])
+        logits = (self.alpha[2] * res + self.bias[2 * N :]).unflatten(-1, (N, N))
+        for _ in range(5):
+            logits = logits - torch.logsumexp(logits, -2, keepdim=True)
+            logits = logits - torch.logsumexp(logits, -1, keepdim=True)
+        y = self.linear((pre.unsqueeze(-1) * streams).sum(-2))
+        return (logits.exp() @ streams + post.unsqueeze(-1) * y.unsqueeze(-2)).mean(-2)
+
+
+def test_a_norm_with_the_default_eps_and_logarithms_are_found_and_explained() -> None:
+    torch.manual_seed(0)
+    found = explain(Written(), torch.randn(BATCH, TOKENS, C)).own
+    assert found is not None
+    (site,) = found.sites
+    assert {"coefficients", "sinkhorn"} <= set(site.ops), site
+    assert not site.kept

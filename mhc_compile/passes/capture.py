@@ -11,6 +11,7 @@ nodes; in-place ops are the business of `canonicalize`.
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from mhc_compile import _torch
 from mhc_compile.errors import CaptureError, MHCError, wrong
 from mhc_compile.passes.misfit import misfit
-from mhc_compile.passes.provenance import attribute_path, source_line
+from mhc_compile.passes.provenance import attribute_path, is_of_torch, is_ours, source_line
 
 _HOPS = torch.ops.higher_order
 _LOOKED_INTO = (
@@ -88,6 +89,8 @@ def just_in_time(
         return Captured(graphs[0], signal.arguments)
     except DYNAMO_ERRORS as error:
         raise translated(error, model, args, kwargs) from error
+    except RuntimeError as error:
+        raise (under_a_mode(type(model).__name__) or error) from error
     raise CaptureError(_nothing_captured(type(model).__name__))
 
 
@@ -163,8 +166,15 @@ def _drop_metadata_checks(gm: fx.GraphModule) -> None:
 def _refused_export(model: nn.Module, error: Exception) -> str:
     found = f"refused by torch.export: {_first_line(error)}"
     step = "rewrite what it names; calls, explain and observe do not need torch.export"
-    if re.search(r"Found <class '[\w.]*Cache'> in output", str(error)):
-        step = "pass use_cache=False among the inputs: torch.export gives out no cache"
+    unknown = re.search(r"Found <class '(\S+)'> in output, which is not a known type", str(error))
+    if unknown:
+        found = f"one that returns a {unknown[1]}, in which torch.export cannot look for tensors"
+        step = (
+            "pass use_cache=False among the inputs, or set it in the model's config"
+            if "cache" in unknown[1].lower()
+            else "return tuples, lists or dicts, or call torch.export.register_dataclass (for other classes "
+            "torch.utils._pytree.register_pytree_node) first"
+        )
     return wrong(type(model).__name__, found, "a model that it exports", step)
 
 
@@ -286,6 +296,15 @@ def translated(
     return error if message is None else CaptureError(message, line=_user_line(error))
 
 
+def under_a_mode(name: str) -> CaptureError | None:
+    """The error of a call under a TorchDispatchMode: torch.compile runs nothing of what it compiled there."""
+    modes = _torch.dispatch_modes()
+    if not modes:
+        return None
+    step = "give the mode mhc_compile.trace(model, inputs), a module that runs op by op"
+    return CaptureError(wrong(f"a call of {name}", f"inside {modes[-1]}", "a call outside of dispatch modes", step))
+
+
 def _reason(error: Exception, name: str) -> str | None:
     if isinstance(error, _torch.BackendCompilerFailed):
         return None
@@ -300,6 +319,9 @@ def _reason(error: Exception, name: str) -> str | None:
     if "Observed exception" in str(error) or "failed to bind arguments" in str(error):
         found = "one that raises on these inputs, or takes others"
         return wrong(f"the forward of {name}", found, _RUNS, "call the plain model on them to see its error")
+    if "backwards hooks" in str(error):
+        legal = "backward hooks of the converted model itself, of parameters and of tensors"
+        return wrong(f"a module inside of {name}", "given a backward hook", legal, "take that hook off the module")
     return wrong(
         f"the forward of {name}",
         f"not one graph: {_first_line(error)}",
@@ -317,10 +339,16 @@ def _first_line(error: BaseException) -> str:
 
 
 def _user_line(error: BaseException) -> str | None:
+    """The innermost line of the user's program, with the line of torch that it led to."""
     frames = getattr(error, "real_stack", None)
     if not frames:
         return None
-    frame = frames[-1]
+    own = [frame for frame in frames if not is_of_torch(frame.filename) and not is_ours(frame.filename)]
+    last = frames[-1]
+    return _place(last) if not own or own[-1] is last else f"{_place(own[-1])}\n  in {_place(last)}"
+
+
+def _place(frame: traceback.FrameSummary) -> str:
     return f"{frame.filename}:{frame.lineno}: {(frame.line or '').strip()}"
 
 
@@ -336,4 +364,5 @@ __all__ = [
     "normalize",
     "source_line",
     "translated",
+    "under_a_mode",
 ]

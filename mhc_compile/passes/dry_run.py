@@ -16,7 +16,9 @@ from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from mhc_compile import _torch
+from mhc_compile.errors import PartitionError, wrong
 from mhc_compile.passes.emit import copy_graph
+from mhc_compile.passes.provenance import source_line
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,24 @@ class DryRun:
 
 
 def dry_run(gm: fx.GraphModule, arguments: Sequence[Any]) -> DryRun:
-    """Run `gm` on fake stand-ins of `arguments`, which keep their shapes, dtypes and requires_grad."""
+    """Run `gm` on fake stand-ins of `arguments`, which keep their shapes, dtypes and requires_grad.
+
+    Raises PartitionError for an op whose sizes depend on data.
+    """
     mode = _torch.FakeTensorMode(allow_non_fake_inputs=True)
     fakes = _stand_ins(mode, arguments)
     watch = _Watch(gm)
     hooks = torch.autograd.graph.saved_tensors_hooks(watch.pack, _same)
     with mode, torch.enable_grad(), FlopCounterMode(display=False) as counter, hooks:
         watch.counter = counter
-        watch.run(*fakes)
+        try:
+            watch.run(*fakes)
+        except _torch.SIZES_OF_DATA as error:
+            node = watch.node
+            found = f"open: those of {node.target if node else 'an op'} depend on the values in a call"
+            legal = "sizes that follow from those of the inputs"
+            step = "compute with all rows and a mask, or plan the stages by hand"
+            raise PartitionError(wrong("a size", found, legal, step), source_line(node) if node else None) from error
     return watch.result()
 
 

@@ -151,7 +151,9 @@ class _Widening:
             kept = self.emit.cast(state.node, dtype)
             f = self.emit.cast(self._branch_sum(site), dtype)
             f = self._full_size(to_tokens(self.emit, _at_rank(self.emit, f, rank(root)), state.axis), kept)
-            node = self.emit.call(mhc.merge.default, kept, f, *self.mixing[site], like=root)
+            coefficients = torch.float64 if dtype == torch.float64 else torch.float32  # a cast may stand on the skip
+            mixing = [one and self.emit.cast(one, coefficients) for one in self.mixing[site]]
+            node = self.emit.call(mhc.merge.default, kept, f, *mixing, like=root)
         node.meta["mhc_site"] = site.name
         self.streams[root] = Streams(node, state.axis)
         self.weights[root] = self.pre[site]

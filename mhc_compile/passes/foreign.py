@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from mhc_compile import _torch
@@ -11,6 +13,15 @@ from mhc_compile.passes.residuals import Merge
 
 _MANY = 4  # normalisations in a row that no other computation needs
 _MAX_STREAMS = 64
+
+
+_SUMS = (aten.sum.dim_IntList, aten.linalg_vector_norm.default)
+_REDUCTIONS: dict[Any, tuple[Any, ...]] = {  # an op that normalises, and what it may normalise by
+    aten.div.Tensor: _SUMS,
+    aten.mul.Tensor: _SUMS,
+    aten.add.Tensor: (aten.logsumexp.default,),
+    aten.log_softmax.int: (),
+}
 
 
 def find_foreign(graph: fx.Graph, merges: list[Merge]) -> str | None:
@@ -29,25 +40,31 @@ def find_foreign(graph: fx.Graph, merges: list[Merge]) -> str | None:
 
 
 def _normalised(node: fx.Node) -> fx.Node | None:
-    """For `a / (sum(a, axis) [+ eps])` over small square matrices: a."""
-    if node.target not in (aten.div.Tensor, aten.mul.Tensor) or len(node.args) < 2:
+    """For `a / (sum(a, axis) [+ eps])` over square matrices, or `a - logsumexp(a, axis)`: a."""
+    reductions = _REDUCTIONS.get(node.target)
+    if reductions is None or len(node.args) < 2:
         return None
     value = tensor_of(node)
     if value is None or value.dim() < 2 or _torch.size_hint(value.shape[-1]) != _torch.size_hint(value.shape[-2]):
         return None
+    if node.target is aten.log_softmax.int:
+        return node.args[0] if isinstance(node.args[0], fx.Node) else None
     for source, divisor in (node.args[:2], node.args[1::-1]):
-        if isinstance(source, fx.Node) and isinstance(divisor, fx.Node) and _is_sum_of(divisor, source):
+        if isinstance(source, fx.Node) and isinstance(divisor, fx.Node) and _reduces(divisor, source, reductions):
             return source
     return None
 
 
-def _is_sum_of(node: fx.Node, source: fx.Node, steps: int = 4) -> bool:
-    """The node is a sum over an axis of `source`, behind at most a few elementwise ops (an eps, a clamp, 1/x)."""
-    while steps and node.target is not aten.sum.dim_IntList:
-        if not is_elementwise(node) or not node.args or not isinstance(node.args[0], fx.Node):
+def _reduces(node: fx.Node, source: fx.Node, reductions: tuple[Any, ...], steps: int = 4) -> bool:
+    """The node is a sum over an axis of `source`, behind at most a few elementwise ops (an eps, a clamp, a sign)."""
+    while steps and node.target not in reductions:
+        skipped = is_elementwise(node) or node.target is aten.expand_as.default
+        if not skipped or not node.args or not isinstance(node.args[0], fx.Node):
             return False
         node, steps = node.args[0], steps - 1
-    return node.target is aten.sum.dim_IntList and node.args[0] is source
+    if node.target is aten.linalg_vector_norm.default and node.args[1:2] != (1.0,):
+        return False
+    return node.target in reductions and node.args[0] is source
 
 
 def _writes_streams(merge: Merge, branch: fx.Node) -> bool:

@@ -178,6 +178,8 @@ class _Run:
         kwargs = fx.map_arg(dict(node.kwargs), self._values.__getitem__)
         args = [torch.float64 if one in _FLOATS else one for one in args] if _has_dtype(args) else args
         kwargs = {name: torch.float64 if name == "dtype" and one in _FLOATS else one for name, one in kwargs.items()}
+        if packet(node) is aten.rms_norm and (eps := _default_eps(node)) is not None:
+            args, kwargs = [*args[:3], *[None] * (3 - len(args))], {**kwargs, "eps": eps}
         if "device" in kwargs:
             kwargs["device"] = torch.device("cpu")
         target: Any = node.target
@@ -188,6 +190,14 @@ class _Run:
         if isinstance(argument, (list, tuple)):
             return [self._sizes.get(one, one) if isinstance(one, int) else one for one in argument]
         return argument
+
+
+def _default_eps(node: fx.Node) -> float | None:
+    """The eps of an `rms_norm` that names none, which goes by the dtype in the graph; None if it names one."""
+    named = node.kwargs.get("eps", node.args[3] if len(node.args) > 3 else None)
+    source = node.args[0] if isinstance(node.args[0], fx.Node) else None
+    value = tensor_of(source) if source is not None else None
+    return torch.finfo(value.dtype).eps if named is None and value is not None else None
 
 
 def _has_dtype(args: Sequence[Any]) -> bool:

@@ -57,7 +57,7 @@ def attribute_path(source: str) -> str:
 
 def source_line(node: fx.Node) -> str:
     """`file.py:12: the code` of the innermost user frame that made the node; '' if the capture kept none."""
-    frames = [frame for frame in _FRAME.finditer(node.meta.get("stack_trace") or "") if not _is_ours(frame["file"])]
+    frames = [frame for frame in _FRAME.finditer(node.meta.get("stack_trace") or "") if not is_ours(frame["file"])]
     if not frames:
         return ""
     frame = frames[-1]
@@ -85,7 +85,7 @@ def _calling_frame(trace: str) -> Frame | None:
     frames = [
         frame
         for frame in _FRAME.finditer(trace)
-        if not _is_ours(frame["file"]) and not Path(frame["file"]).is_relative_to(_TORCH)
+        if not is_ours(frame["file"]) and not is_of_torch(frame["file"])
     ]
     if not frames:
         return None
@@ -103,8 +103,14 @@ def calling_module(node: fx.Node) -> tuple[str, str]:
     return "", ""
 
 
-def _is_ours(file: str) -> bool:
-    return Path(file).is_relative_to(_PACKAGE) or file.startswith("<eval_with_key>")  # that one is fx's own code
+def is_of_torch(file: str) -> bool:
+    """The file belongs to torch."""
+    return Path(file).is_relative_to(_TORCH)
+
+
+def is_ours(file: str) -> bool:
+    """The file belongs to this package, or is code that fx wrote."""
+    return Path(file).is_relative_to(_PACKAGE) or file.startswith("<eval_with_key>")
 
 
 def _short(file: str) -> str:
