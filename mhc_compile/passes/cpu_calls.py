@@ -110,8 +110,9 @@ def _read_backward(emitter: Emitter, node: fx.Node, values: Values) -> None:
 
 
 def _merge_backward(emitter: Emitter, node: fx.Node, values: Values) -> None:
-    if values.pop("compiled"):
-        made = emitter.call(mhc.cpu_merge_backward.default, *values.values(), like=node)
+    if values["compiled"]:
+        names = [one.name for one in mhc.cpu_merge_backward.default._schema.arguments]
+        made = emitter.call(mhc.cpu_merge_backward.default, *(values[name] for name in names), like=node)
         _replace_outputs(emitter, node, made, range(3))
 
 
