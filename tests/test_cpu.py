@@ -202,6 +202,29 @@ def test_leading_dimensions_and_layout() -> None:
         assert_close(name, found[name], wanted.double())
 
 
+def test_copies_of_strided_tensors_live_through_the_call() -> None:
+    """What is not contiguous is copied; memory of a copy that is let go is taken by the next."""
+    given = inputs(40, 4, 24, torch.float32)
+    made = ours(given, DEEPSEEK_V4)
+
+    def strided(x: Tensor) -> Tensor:
+        return torch.stack([x, torch.full_like(x, math.nan)], -1)[..., 0]
+
+    parameters = [strided(given[name]) for name in ("phi", "alpha", "bias")]
+    x, f, g, du = (strided(given[name]) for name in ("streams", "f", "grad_merged", "grad_u"))
+    pre, post, res, z, r = (strided(made[name]) for name in ("pre", "post", "res", "z", "r"))
+    variant = DEEPSEEK_V4.transposed, DEEPSEEK_V4.rounded
+    df, dpost, dres = cpu.branch_backward(g, x, f, post, DEEPSEEK_V4.mix, DEEPSEEK_V4.rounded)
+    grads = du, None, strided(dpost), strided(dres), g
+    dx, *others = cpu.read_backward(*grads, x, *parameters, pre, post, res, z, r, DEEPSEEK_V4, True)
+    found = dict(zip(INPUTS, (dx, *others, df), strict=True))
+    assert torch.equal(cpu.merge(x, f, post, res, *variant), made["merged"])
+    for name, one in zip(("u", "pre", "post", "res", "z", "r"), cpu.read(x, *parameters, DEEPSEEK_V4), strict=True):
+        assert torch.equal(one, made[name]), name
+    for name in INPUTS:
+        assert torch.equal(found[name], made[f"gradient of {name}"]), name
+
+
 def test_narrower_branch() -> None:
     given = inputs(70, 2, 6, torch.float32)
     given["f"] = given["f"].bfloat16()
