@@ -472,8 +472,8 @@ _UNSEEN = 61
 def size_hint(size: int | torch.SymInt) -> int:
     """The size seen when the graph was captured, for a symbolic size too; installs no guard.
 
-    A size that depends on the data of the call (`nonzero`: the tokens of an expert) was never seen, and that of a ragged
-    axis is no number: a small number that no axis of a model is likely to have stands for it.
+    A size that depends on the data of the call (`nonzero`: the tokens of an expert) was never seen, and that of a
+    ragged axis is no number: a small number that no axis of a model is likely to have stands for it.
     """
     if isinstance(size, int):
         return size

@@ -1290,7 +1290,7 @@ class KeyValueCache:
         self.keys = keys
 
 
-@misuse(TOOLS, CaptureError, "KeyValueCache, in which torch.export cannot look", "a model that it exports", "pass use_cache=False")
+@misuse(TOOLS, CaptureError, "a misuses.KeyValueCache, in which", "a model that it exports", "pass use_cache=False")
 def trace_with_a_cache(_: Path) -> Situation:
     def forward(self: Any, x: Tensor, use_cache: bool = False) -> Any:
         x = x + linear(self, x)
