@@ -494,7 +494,7 @@ def run_at_scale(run: Run, options: Any, device: str) -> None:
     for tokens, features in [(5, 16)] if tiny else [(8192, 2560), (8192, 4096)]:
         size = (3 if tiny else 8, tokens, features, device, dtype)
         run.part(f"chain, C = {features}", lambda row, size=size: chain(row, *size))
-    # What compiles fast comes first: a session may end in the middle.
+    # What compiles fast comes first: a run may end in the middle.
     trained = {"mhc": Counter(), "inductor": "aot_eager"} if tiny else {"mhc": "mhc", "inductor": "inductor"}
     decoded: dict[str, Row] = {"mhc": {"backend": trained["mhc"]}}
     if not tiny:

@@ -179,7 +179,7 @@ def measure(names: list[str], setting: Setting, results: Results, rounds: int, s
             results.note(name, status="not started", reason="no time was left")
             continue
         made = guarded(results, name, lambda name=name: prepared(name, setting, right, results))
-        # A turn by itself, so that there is a figure if the session ends before all are there to take turns.
+        # A turn by itself, so that there is a figure if the run ends before all are there to take turns.
         if made is not None and guarded(results, name, lambda made=made: took(made, steps, results)) is not None:
             cases.append(made)
             print(line(name, results.data["cases"][name]), flush=True)
