@@ -1,6 +1,7 @@
-"""The only place that imports private names of torch; each is checked against the versions it was tried on.
+"""The only place that knows private names of torch; each is looked up at import.
 
-Tried with torch 2.11 and 2.13. A name that moves in a later release fails here, at import, with one message.
+Names of torch's modules are imported below; of torch's objects the package reads the private members in MEMBERS alone.
+What moves in a later release fails here, at import, with one message.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import itertools
 import logging
 import traceback
 import types
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,16 +22,22 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
+TESTED = ("2.11", "2.12", "2.13", "2.14", "2.15")
+"""The releases of torch that the tests were run with; docs/versions.md has the results."""
+
 try:
-    import torch._dynamo
     from torch._C import (
         DispatchKey,
+        _current_graph_task_id,
         _dispatch_tls_is_dispatch_key_excluded,
         _dispatch_tls_set_dispatch_key_excluded,
+        _set_grad_enabled,
     )
+    from torch._C._autograd import _saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
     from torch._C._dynamo.eval_frame import set_eval_frame
     from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
-    from torch._dynamo import convert_frame, eval_frame
+    from torch._dynamo import OptimizedModule, convert_frame, eval_frame
+    from torch._dynamo import config as dynamo_config
     from torch._dynamo.backends.registry import lookup_backend
     from torch._dynamo.eval_frame import skip_code
     from torch._dynamo.exc import (
@@ -44,28 +52,99 @@ try:
     from torch._functorch.predispatch import _remove_batch_dim as vmap_unwrap
     from torch._functorch.predispatch import _vmap_decrement_nesting as vmap_exit
     from torch._functorch.predispatch import _vmap_increment_nesting as vmap_enter
+    from torch._guards import TracingContext
+    from torch._inductor import compile as inductor_compile
+    from torch._inductor import config as inductor_config
+    from torch._inductor import list_mode_options as inductor_modes
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-    from torch._library.custom_ops import OPDEFS
+    from torch._library.custom_ops import OPDEFS, CustomOpDef
+    from torch._ops import HigherOrderOperator, OpOverload
     from torch._subclasses.fake_tensor import (
         DataDependentOutputException,
         DynamicOutputShapeException,
         FakeTensor,
         FakeTensorMode,
     )
+    from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
     from torch.autograd import forward_ad
-    from torch.fx import _symbolic_trace
+    from torch.fx._symbolic_trace import is_fx_symbolic_tracing
     from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
+    from torch.nn.parallel import DistributedDataParallel
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FSDPModule
+        from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 except ImportError as error:  # pragma: no cover - depends on the installed torch
     raise ImportError(
-        f"mhc_compile does not know this torch ({torch.__version__}): {error}. Tested: 2.11 and 2.13."
+        f"mhc_compile does not know this torch ({torch.__version__}): {error}. Tested: {', '.join(TESTED)}."
     ) from error
+
+MEMBERS: tuple[tuple[object, tuple[str, ...]], ...] = (
+    (torch.nn.Module(), ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")),
+    (torch.nn.Module(), ("_load_from_state_dict", "_forward_hooks", "_forward_pre_hooks")),
+    (torch.ops.aten.add.Tensor, ("_schema", "_opname", "_overloadname")),
+    (torch.ops.aten.add, ("_qualified_op_name",)),
+    (torch.ops.aten, ("_assert_tensor_metadata", "_unsafe_view")),
+    (torch.Tensor, ("_is_view",)),
+    (torch.UntypedStorage, ("_cdata",)),
+    (fx.Node, ("_rename",)),
+    (CustomOpDef, ("_init_fn",)),
+    (DistributedDataParallel, ("_get_active_ddp_module",)),
+    (torch.nn.Module, ("_apply",)),
+    (eval_frame, ("_stance",)),
+    (eval_frame.DisableContext, ("_torchdynamo_disable", "_torchdynamo_disable_msg")),
+    (forward_ad, ("_current_level",)),
+    *(
+        ((FSDPModule, ("_get_fsdp_state",)), (FSDPState, ("_training_state", "_mp_policy")))
+        if torch.distributed.is_available()
+        else ()
+    ),
+)
+"""Private members of torch's objects that the package reads, on one object or class that has them."""
+
+
+def missing_members(members: Iterable[tuple[object, tuple[str, ...]]]) -> list[str]:
+    """Return the names that an object does not have, nor the methods of a class, which may set them."""
+    return [
+        f"{name} of {getattr(owner, '__name__', type(owner).__name__)}"
+        for owner, names in members
+        for name in names
+        if not hasattr(owner, name) and not _is_set_by(owner, name)
+    ]
+
+
+def _is_set_by(owner: object, name: str) -> bool:
+    methods = vars(owner).values() if isinstance(owner, type) else ()
+    return any(name in code.co_names for code in (getattr(one, "__code__", None) for one in methods) if code)
+
+
+def check_torch(version: str, missing: list[str]) -> None:
+    """Raise ImportError where members are missing; warn once of a release that is newer than all tested ones."""
+    tested = f"Tested: {', '.join(TESTED)}."
+    if missing:
+        raise ImportError(f"mhc_compile does not know this torch ({version}): it has no {', '.join(missing)}. {tested}")
+    newest = tuple(map(int, TESTED[-1].split(".")))
+    if tuple(map(int, version.split(".")[:2])) > newest:
+        warnings.warn(
+            f"mhc_compile was not tested with torch {version}. {tested} The private names that it needs are there. "
+            f"Next: compare a converted model with verify(model), or install torch {TESTED[-1]}",
+            stacklevel=2,
+        )
+
+
+check_torch(torch.__version__, missing_members(MEMBERS))
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _counter = itertools.count()
 _TORCH = str(Path(torch.__file__).parent)
 
 SIZES_OF_DATA = (DynamicOutputShapeException, DataDependentOutputException)
+
+# The nodes that begin and end a region of autocast, and those that switch gradients.
+enter_autocast: Callable[..., Any] = _enter_autocast
+exit_autocast: Callable[..., Any] = _exit_autocast
+set_grad_enabled: Callable[..., Any] = _set_grad_enabled
 
 __all__ = [
     "SIZES_OF_DATA",
@@ -75,6 +154,9 @@ __all__ = [
     "FailOnRecompileLimitHit",
     "FakeTensor",
     "FakeTensorMode",
+    "HigherOrderOperator",
+    "OpOverload",
+    "OptimizedModule",
     "TorchDynamoException",
     "TorchRuntimeError",
     "Unsupported",
@@ -86,8 +168,11 @@ __all__ = [
     "compiler_cache",
     "cpp_compiler",
     "dispatch_modes",
+    "dynamo_config",
     "dynamo_is_off",
     "dynamo_source_name",
+    "enter_autocast",
+    "exit_autocast",
     "fake_mode_of",
     "forward_mode",
     "fragment",
@@ -97,6 +182,9 @@ __all__ = [
     "gradients_inside_op",
     "has_tangents",
     "in_backward",
+    "inductor_compile",
+    "inductor_config",
+    "inductor_modes",
     "is_tracing",
     "make_fx",
     "module_of_op",
@@ -104,6 +192,7 @@ __all__ = [
     "paused",
     "record_opaque",
     "saving_unseen",
+    "set_grad_enabled",
     "size_hint",
     "storage_key",
     "through_dynamo",
@@ -165,7 +254,7 @@ def fake_mode_of(values: Iterable[object]) -> FakeTensorMode | None:
 
 def as_fake(values: Iterable[object], tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """Stand-ins of fixed size for `tensors`, in the fake mode that Dynamo traced `values` in."""
-    mode = fake_mode_of(values) or torch._guards.TracingContext.get().fake_mode
+    mode = fake_mode_of(values) or TracingContext.get().fake_mode
     if mode is None:
         return list(tensors)
     return [mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
@@ -210,8 +299,7 @@ def compiler_cache() -> Path:
 
 def active_ddp() -> bool:
     """The current forward is that of a DistributedDataParallel module."""
-    ddp: Any = torch.nn.parallel.DistributedDataParallel
-    return ddp._get_active_ddp_module() is not None
+    return DistributedDataParallel._get_active_ddp_module() is not None  # type: ignore[no-untyped-call]
 
 
 def through_dynamo(error: Exception) -> Exception:
@@ -226,7 +314,7 @@ def through_dynamo(error: Exception) -> Exception:
 
 def saving_unseen() -> Any:
     """A context in which what autograd saves does not reach the hooks of a caller, as an outer checkpoint's."""
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+    if not _saved_tensors_hooks_is_enabled():
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(_same, _same)
 
@@ -254,7 +342,7 @@ def fresh_function(function: Callable[..., Any]) -> Callable[..., Any]:
     return copy
 
 
-def module_of_op(op: torch._ops.OpOverload) -> str | None:
+def module_of_op(op: OpOverload) -> str | None:
     """The module that defines a custom op in Python; None when torch.library does not know."""
     definition = OPDEFS.get(op._schema.name)
     return None if definition is None else str(definition._init_fn.__module__)
@@ -301,7 +389,7 @@ def paused(function: _Function) -> _Function:
 
 def is_tracing() -> bool:
     """Dynamo is at work on a frame: calls of Python code may be its own."""
-    return torch._guards.TracingContext.try_get() is not None
+    return TracingContext.try_get() is not None
 
 
 def compile_settings() -> Any:
@@ -314,7 +402,7 @@ def compile_settings() -> Any:
     call, or taken off, compiles anew: Dynamo's default does not look, and would leave it out in silence.
     Recurrent layers of torch are ops like others.
     """
-    return torch._dynamo.config.patch(
+    return dynamo_config.patch(
         {
             "recompile_limit": 64,
             "optimize_ddp": False,
@@ -327,17 +415,17 @@ def compile_settings() -> Any:
 
 def dynamo_is_off() -> bool:
     """TORCHDYNAMO_DISABLE=1, torch._dynamo.config.disable, or torch.compiler.set_stance("force_eager")."""
-    stance = getattr(torch._dynamo.eval_frame, "_stance", None)
-    return bool(torch._dynamo.config.disable) or getattr(stance, "stance", "default") == "force_eager"
+    stance = eval_frame._stance
+    return bool(dynamo_config.disable) or getattr(stance, "stance", "default") == "force_eager"
 
 
 def tracer() -> str | None:
     """The tracer of ops that is at work, outside of a compilation; it cannot see what a compiled function does."""
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return "torch.jit.trace"
-    if torch.compiler.is_compiling() or getattr(torch._dynamo.config, "force_compile_during_fx_trace", False):
+    if torch.compiler.is_compiling() or getattr(dynamo_config, "force_compile_during_fx_trace", False):
         return None
-    return "torch.fx.symbolic_trace or make_fx" if _symbolic_trace._is_fx_tracing_flag else None
+    return "torch.fx.symbolic_trace or make_fx" if is_fx_symbolic_tracing() else None
 
 
 def dispatch_modes() -> list[str]:
@@ -367,7 +455,7 @@ def forward_mode() -> bool:
 
 def in_backward() -> bool:
     """Autograd runs a backward: a forward that runs now is an activation checkpoint's, for the second time."""
-    return int(torch._C._current_graph_task_id()) != -1
+    return int(_current_graph_task_id()) != -1
 
 
 def has_tangents(values: Iterable[object]) -> bool:
@@ -421,7 +509,7 @@ class _LoggingMethods(dict[Any, None]):
 
 
 _IGNORED_LOGGING = (  # renamed in some version
-    "ignore_logging_functions" if hasattr(torch._dynamo.config, "ignore_logging_functions") else "ignore_logger_methods"
+    "ignore_logging_functions" if hasattr(dynamo_config, "ignore_logging_functions") else "ignore_logger_methods"
 )
 skip_code(compile_settings.__code__)
 

@@ -123,7 +123,7 @@ def compile_rewritten(
 def inductor_settings() -> dict[str, Any]:
     """What inductor is to do with the fused ops of a graph; nothing where a pass of the user has that place."""
     place = "post_grad_custom_post_pass"
-    return {} if getattr(torch._inductor.config, place) is not None else {place: CpuCalls()}
+    return {} if getattr(_torch.inductor_config, place) is not None else {place: CpuCalls()}
 
 
 def normalized(gm: fx.GraphModule, history: list[PassRecord]) -> fx.GraphModule:
@@ -204,9 +204,9 @@ def mhc(gm: fx.GraphModule, example_inputs: list[Any], *, options: Any = None, m
     Compiles with inductor (`mode` and `options` are handed to it). Warns when a model holds no mHC: once, with its last
     graph, where graph breaks cut it into many.
     """
-    chosen = {**inductor_settings(), **(torch._inductor.list_mode_options(mode) if mode else {}), **(options or {})}
+    chosen = {**inductor_settings(), **(_torch.inductor_modes(mode) if mode else {}), **(options or {})}
     with _torch.caches_of(fingerprint()):
-        return torch._inductor.compile(_matched(gm), example_inputs, options=chosen)
+        return _torch.inductor_compile(_matched(gm), example_inputs, options=chosen)
 
 
 def _matched(gm: fx.GraphModule) -> fx.GraphModule:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from mhc_compile import _torch
 from mhc_compile.backend import ConvertingBackend, normalized
 from mhc_compile.conversion import conversion
 from mhc_compile.errors import ConfigError, wrong
@@ -135,7 +136,7 @@ def _iterations(res: Any) -> int | None:
 def _end_at_last_site(graph: fx.GraphModule) -> None:
     """Drop what comes behind the last site (heads, losses), and the switches of the grad mode, which stays off."""
     for node in list(graph.graph.nodes):
-        if node.target is torch._C._set_grad_enabled:
+        if node.target is _torch.set_grad_enabled:
             graph.graph.erase_node(node)
     (output,) = graph.graph.find_nodes(op="output")
     output.args = (tuple(graph.graph.find_nodes(op="call_function", target=mhc.merge.default)),)

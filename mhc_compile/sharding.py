@@ -161,7 +161,7 @@ def refuse_sharded(model: nn.Module) -> None:
 
 def _wrapper(model: nn.Module) -> str | None:
     """How a wrapper around a model is called; None for a model of its own."""
-    kinds = {nn.DataParallel: "DataParallel", torch._dynamo.OptimizedModule: "torch.compile"}
+    kinds = {nn.DataParallel: "DataParallel", _torch.OptimizedModule: "torch.compile"}
     if is_distributed():
         from torch.distributed.fsdp import FullyShardedDataParallel
         from torch.nn.parallel import DistributedDataParallel

@@ -311,7 +311,7 @@ def _split_reads(graph: fx.GraphModule) -> None:
 
 def _draws_random_numbers(graph: fx.GraphModule) -> bool:
     return any(
-        isinstance(node.target, torch._ops.OpOverload)
+        isinstance(node.target, _torch.OpOverload)
         and torch.Tag.nondeterministic_seeded in node.target.tags
         and not (node.target is aten.dropout.default and node.args[2] is False)
         and not (node.target is aten.scaled_dot_product_attention.default and (node.args[4:5] or (0.0,))[0] == 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -13,7 +14,10 @@ from pathlib import Path
 
 import networkx as nx
 import pytest
+import torch
 from setuptools import find_namespace_packages
+
+from mhc_compile import _torch
 
 PACKAGE = "mhc_compile"
 ROOT = Path(__file__).parents[1]
@@ -171,6 +175,112 @@ def private_torch(modules: dict[str, list[Import]]) -> list[str]:
         for found in modules[module]
         if is_private_torch(found.name)
     ]
+
+
+OF_OTHERS = {
+    "_fields": "Python's named tuples",
+    "_output_capturing_hooks_installed": "transformers",
+    "_keys_to_ignore_on_load_unexpected": "transformers",
+    "_from_config": "transformers",
+}
+
+
+def private_attributes(source: str, members: frozenset[str], *, in_torch: bool = False) -> list[str]:
+    """Private names that a file reaches by attribute, or by a string, and that are neither its own nor in `members`.
+
+    Names that hang on torch's modules (`torch._dynamo.config`) are for `_torch.py` to import, whatever is in `members`.
+    """
+    tree = ast.parse(source)
+    nodes = list(ast.walk(tree))
+    own = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    own |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and is_self(node.value)}
+    modules = {alias.asname or alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {
+        alias.asname or alias.name
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE
+        for alias in node.names
+    }
+    found = []
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and not is_self(node.value):
+            text = ast.unparse(node)
+            of_torch = text.split(".")[0] in ("torch", "functorch") and not text.startswith("torch.ops.")
+            of_package = ast.unparse(node.value) in modules and not of_torch
+            if (of_torch and not in_torch) or not (of_package or node.attr in own | members):
+                found.append(f"{node.lineno}: {text}")
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
+            name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
+            if isinstance(name, str) and is_private(name) and name not in own | members:
+                found.append(f"{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def test_private_torch_names_reached_by_attribute_stand_in_one_file() -> None:
+    members = frozenset(name for _, names in _torch.MEMBERS for name in names)
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / PACKAGE).rglob("*.py"))}
+    fields = {name for text in texts.values() for name in re.findall(r"self\.(_\w+)(?:: .+)? =", text)}
+    known = members | frozenset(OF_OTHERS) | fields
+    found = [
+        f"{path.relative_to(ROOT)}:{one}"
+        for path, text in texts.items()
+        for one in private_attributes(text, known, in_torch=path.name == "_torch.py")
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("source", "seen"),
+    [
+        ("torch._dynamo.config.disable", True),
+        ("functorch.compile._x", True),
+        ("torch.nn.parallel._functions", True),
+        ("op._schema", False),
+        ("op._unheard_of", True),
+        ("getattr(op, '_unheard_of', None)", True),
+        ("torch.ops.aten._unheard_of.default", True),
+        ("self._own", False),
+        ("class A:\n    def _own(self): ...\n\ndef f(a): a._own()", False),
+        ("import torch\ntorch._C._anything", True),
+        ("from mhc_compile.kernels import plain\nplain._tiles", False),
+    ],
+)
+def test_a_private_name_reached_by_attribute_is_seen(source: str, seen: bool) -> None:
+    assert bool(private_attributes(source, frozenset({"_schema"}))) == seen
+
+
+def test_a_missing_member_is_named() -> None:
+    found = _torch.missing_members([(torch.nn.Module(), ("_modules", "_unheard_of")), (ast, ("_moved",))])
+    assert found == ["_unheard_of of Module", "_moved of ast"]
+    with pytest.raises(ImportError, match=r"this torch \(2.99.0\): it has no _moved of ast. Tested: 2.11"):
+        _torch.check_torch("2.99.0", found[1:])
+
+
+def test_a_newer_torch_is_warned_of_once_and_works() -> None:
+    with pytest.warns(UserWarning, match=r"not tested with torch 2\.99\.0a0\+git1\. Tested: 2\.11.*verify\(model\)"):
+        _torch.check_torch("2.99.0a0+git1", [])
+    for version in _torch.TESTED:
+        _torch.check_torch(f"{version}.1+cpu", [])
+
+
+def test_pages_and_the_package_say_which_torch_was_tested() -> None:
+    """One list, `_torch.TESTED`: the oldest is what pip asks for, and the page of results has a row for each."""
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert f"torch>={_torch.TESTED[0]}" in config["project"]["dependencies"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"torch {_torch.TESTED[0]} to {_torch.TESTED[-1]}" in readme
+    page = (ROOT / "docs" / "versions.md").read_text(encoding="utf-8")
+    for version in _torch.TESTED:
+        assert f"| {version}." in page
 
 
 def test_imports_point_to_lower_layers() -> None:

@@ -18,6 +18,7 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
+from mhc_compile import _torch
 from mhc_compile.passes.capture import graph_input
 
 SITE = "mhc_site"  # in meta["custom"], which torch carries through its own passes
@@ -31,7 +32,7 @@ def as_program(graph: fx.GraphModule, arguments: Sequence[Any], source: Exported
     switch gradients on.
     """
     for node in list(graph.graph.nodes):
-        if node.target is torch._C._set_grad_enabled:
+        if node.target is _torch.set_grad_enabled:
             graph.graph.erase_node(node)
         elif "mhc_site" in node.meta:
             node.meta["custom"] = {**node.meta.get("custom", {}), SITE: node.meta["mhc_site"]}

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from mhc_compile import _torch
 from mhc_compile.codegen.spelling import (
     WIDTH,
     Expression,
@@ -35,8 +36,8 @@ from mhc_compile.passes.provenance import calling_frame, calling_module, module_
 mhc = torch.ops.mhc
 _INDENT = " " * 8
 _LONGEST = 88  # of an expression that is made of several nodes
-GRAD = torch._C._set_grad_enabled
-ENTER, EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+GRAD = _torch.set_grad_enabled
+ENTER, EXIT = _torch.enter_autocast, _torch.exit_autocast
 _CHECKS = (  # of the trace; they compute nothing
     "_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size",
 )  # fmt: skip
@@ -60,13 +61,13 @@ class Body:
 
 def is_check(node: fx.Node) -> bool:
     """An assertion that the trace put there."""
-    return isinstance(node.target, torch._ops.OpOverload) and packet_name(node.target) in _CHECKS
+    return isinstance(node.target, _torch.OpOverload) and packet_name(node.target) in _CHECKS
 
 
 def same_as(node: fx.Node) -> fx.Node | None:
     """The argument that a call only hands on: dropout that is off, an alias, a slice of everything."""
     target, source = node.target, node.args[0] if node.args else None
-    if not isinstance(source, fx.Node) or not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(source, fx.Node) or not isinstance(target, _torch.OpOverload):
         return None
     if packet(node) in DROPOUTS and len(node.args) == 3 and node.args[2] is False:
         return source
@@ -82,7 +83,7 @@ def same_as(node: fx.Node) -> fx.Node | None:
 def has_effect(node: fx.Node) -> bool:
     """It writes, draws random numbers, or is unknown: it stays where it is."""
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, _torch.OpOverload):
         return target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags or is_random_dropout(node)
     return target in (GRAD, ENTER, EXIT)
 
@@ -318,7 +319,7 @@ class BodyWriter:
             return _legal(steps[-1] if steps else "")
         if node.target is aten.sym_size.int:
             return "size"
-        return _legal(packet_name(node.target) if isinstance(node.target, torch._ops.OpOverload) else "value")
+        return _legal(packet_name(node.target) if isinstance(node.target, _torch.OpOverload) else "value")
 
     def _part_hints(self, node: fx.Node, count: int) -> list[str]:
         if is_of_mhc(node) and count == len(_COEFFICIENTS):
@@ -375,7 +376,7 @@ class BodyWriter:
 
 def is_of_mhc(node: fx.Node) -> bool:
     """An op of this package."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "mhc"
+    return isinstance(node.target, _torch.OpOverload) and node.target.namespace == "mhc"
 
 
 def _legal(name: str) -> str:

@@ -103,7 +103,7 @@ def _switch(node: fx.Node, region: list[Any], form: Callable[[Any], Any]) -> Non
 
 
 def _name(node: fx.Node) -> str:
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, _torch.OpOverload):
         return getattr(node.target, "__name__", str(node.target))
     if node.target in (aten.lift_fresh_copy.default, aten.clone.default):
         return "clone"
@@ -111,7 +111,7 @@ def _name(node: fx.Node) -> str:
 
 
 def _given(node: fx.Node) -> Any:
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, _torch.OpOverload):
         return [list(node.args), dict(node.kwargs)]
     given = {name: value for name, value in arguments(node, node.target).items() if name not in _FREE}
     if packet_name(node.target) == "index":

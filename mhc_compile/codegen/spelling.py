@@ -137,7 +137,7 @@ def spell(node: fx.Node, write: Write, *, clean: bool = True) -> Expression:
         return joined([write(one) for one in node.args], f"{_OF_NUMBERS[node.target]}(", ")")
     if node.target is operator.neg:
         return Expression(f"-{bound(write(node.args[0]), UNARY)}", UNARY)
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, _torch.OpOverload):
         raise no_form(node)
     if node.target is aten.sym_size.int:
         return Expression(f"{bound(write(node.args[0]), ATOM)}.size({write(node.args[1]).text})")
@@ -160,7 +160,7 @@ def no_form(node: fx.Node) -> ExportError:
 
 def needed_import(target: Any) -> str | None:
     """The module that defines an op of neither torch nor this package; "" if it is unknown, None if none is needed."""
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace in ("aten", "prims", "prim", "mhc"):
+    if not isinstance(target, _torch.OpOverload) or target.namespace in ("aten", "prims", "prim", "mhc"):
         return None
     module = _torch.module_of_op(target)
     if module is not None:
@@ -220,7 +220,7 @@ def _binary(sign: str, binding: int, left: Expression, right: Expression) -> Exp
     return Expression(f"{first} {sign} {second}", binding, "(", parts, ")", "")
 
 
-def _of_mhc(node: fx.Node, target: torch._ops.OpOverload, write: Write) -> Expression | None:
+def _of_mhc(node: fx.Node, target: _torch.OpOverload, write: Write) -> Expression | None:
     name = packet_name(target)
     if target.namespace != "mhc" or name not in _MHC_PLACES or not hasattr(mhc_ops, name):
         return None
@@ -232,7 +232,7 @@ def _of_mhc(node: fx.Node, target: torch._ops.OpOverload, write: Write) -> Expre
     return joined(parts, f"mhc.{name}(", ")")
 
 
-def _operator(node: fx.Node, target: torch._ops.OpOverload, write: Write) -> Expression | None:
+def _operator(node: fx.Node, target: _torch.OpOverload, write: Write) -> Expression | None:
     name = packet_name(target)
     if target.namespace != "aten" or node.kwargs:
         return None
@@ -249,7 +249,7 @@ def _operator(node: fx.Node, target: torch._ops.OpOverload, write: Write) -> Exp
     return _binary(*_BINARY[name], *map(write, node.args))
 
 
-def _indexing(node: fx.Node, target: torch._ops.OpOverload, write: Write) -> Expression | None:
+def _indexing(node: fx.Node, target: _torch.OpOverload, write: Write) -> Expression | None:
     kind, source = packet(node), node.args[0] if node.args else None
     if kind not in (aten.slice, aten.select, aten.index) or node.kwargs or not is_tensor(source):
         return None
@@ -272,7 +272,7 @@ def _indexing(node: fx.Node, target: torch._ops.OpOverload, write: Write) -> Exp
     return Expression(f"{bound(write(source), ATOM)}[{', '.join(places)}]")
 
 
-def _functional(node: fx.Node, target: torch._ops.OpOverload, write: Write) -> Expression | None:
+def _functional(node: fx.Node, target: _torch.OpOverload, write: Write) -> Expression | None:
     name = packet_name(target)
     if target.namespace != "aten" or name not in _FUNCTIONAL or not hasattr(F, name):
         return None
@@ -288,7 +288,7 @@ def _functional(node: fx.Node, target: torch._ops.OpOverload, write: Write) -> E
     return None if given else joined(parts, f"F.{name}(", ")")
 
 
-def _method(node: fx.Node, target: torch._ops.OpOverload, write: Write) -> Expression | None:
+def _method(node: fx.Node, target: _torch.OpOverload, write: Write) -> Expression | None:
     name = packet_name(target)
     schema = target._schema.arguments
     if target.namespace != "aten" or not node.args or not is_tensor(node.args[0]) or schema[0].name != "self":
@@ -305,14 +305,14 @@ def _method(node: fx.Node, target: torch._ops.OpOverload, write: Write) -> Expre
     return joined(_parts(node, target, write, 1), f"{owner}.{name}(", ")")
 
 
-def _function(node: fx.Node, target: torch._ops.OpOverload, write: Write) -> Expression | None:
+def _function(node: fx.Node, target: _torch.OpOverload, write: Write) -> Expression | None:
     name = packet_name(target)
     if target.namespace != "aten" or not hasattr(torch, name) or name.startswith("_"):
         return None
     return joined(_parts(node, target, write, 0), f"torch.{name}(", ")")
 
 
-def _parts(node: fx.Node, target: torch._ops.OpOverload, write: Write, skipped: int) -> list[Expression]:
+def _parts(node: fx.Node, target: _torch.OpOverload, write: Write, skipped: int) -> list[Expression]:
     """Arguments: tensors, numbers and lists by place, flags and dimensions by name."""
     by_name = False
     parts = []
@@ -328,22 +328,22 @@ def _parts(node: fx.Node, target: torch._ops.OpOverload, write: Write, skipped: 
     return parts
 
 
-def _gap(target: torch._ops.OpOverload, place: int, name: str) -> bool:
+def _gap(target: _torch.OpOverload, place: int, name: str) -> bool:
     """An argument before this one was left out."""
     return [argument.name for argument in target._schema.arguments].index(name) != place
 
 
-def _raw(node: fx.Node, target: torch._ops.OpOverload, write: Write) -> Expression:
+def _raw(node: fx.Node, target: _torch.OpOverload, write: Write) -> Expression:
     parts = [write(one) for one in node.args] + [named(key, write(one)) for key, one in node.kwargs.items()]
     return joined(parts, f"torch.ops.{target.namespace}.{packet_name(target)}.{target._overloadname}(", ")")
 
 
-def packet_name(target: torch._ops.OpOverload) -> str:
+def packet_name(target: _torch.OpOverload) -> str:
     """`add` of `aten.add.Tensor`."""
     return str(target.overloadpacket._qualified_op_name).rpartition("::")[2]
 
 
-def arguments(node: fx.Node, target: torch._ops.OpOverload) -> dict[str, Any]:
+def arguments(node: fx.Node, target: _torch.OpOverload) -> dict[str, Any]:
     """Name -> value of the arguments that say something: not those that are at their default."""
     schema = target._schema.arguments
     given = {argument.name: value for argument, value in zip(schema, node.args, strict=False)}

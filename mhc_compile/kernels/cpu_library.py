@@ -72,7 +72,7 @@ def library(n: int, dtype: torch.dtype) -> CDLL | None:
     """The bodies for n streams of a dtype; None where compilation is switched off or has failed (warned of once)."""
     key = (n, dtype)
     if key not in _libraries:
-        if torch._dynamo.config.disable:
+        if _torch.dynamo_config.disable:
             return None
         with _lock:
             if key not in _libraries:

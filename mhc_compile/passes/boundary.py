@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import operator
 
-import torch
 from torch import fx
 
+from mhc_compile import _torch
 from mhc_compile.passes.capture import graph_input
 from mhc_compile.passes.dataflow import Dataflow, parameter_behind
 from mhc_compile.passes.op_kinds import is_mutating, is_random, tensor_of
 
 # The nodes that begin and end a region of autocast or grad mode.
-ENTER = torch.amp._enter_autocast  # type: ignore[attr-defined]
-EXIT = torch.amp._exit_autocast  # type: ignore[attr-defined]
-GRAD = torch._C._set_grad_enabled
+ENTER = _torch.enter_autocast
+EXIT = _torch.exit_autocast
+GRAD = _torch.set_grad_enabled
 MARKERS = (ENTER, EXIT, GRAD)
 
 

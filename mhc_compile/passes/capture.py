@@ -232,7 +232,7 @@ class _Inliner(fx.Interpreter):
             self._vmap_depth += 1
         if self._vmap_depth:
             return self._inside_vmap(n)
-        if isinstance(n.target, torch._ops.HigherOrderOperator) and n.target not in _LOOKED_INTO:
+        if isinstance(n.target, _torch.HigherOrderOperator) and n.target not in _LOOKED_INTO:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             result = n.meta["example_value"] if "example_value" in n.meta else n.meta["val"]
             with torch.fx.traceback.set_current_meta(n):

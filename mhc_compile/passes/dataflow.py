@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 
-import torch
 from torch import fx
 
 from mhc_compile import _torch
@@ -126,7 +125,7 @@ class Dataflow:
         """The nodes that stand in a no-grad region of the user's forward."""
         inside, enabled = 0, True
         for number, node in enumerate(self.nodes):
-            if node.target is torch._C._set_grad_enabled:
+            if node.target is _torch.set_grad_enabled:
                 enabled = bool(node.args[0])
             elif not enabled:
                 inside |= 1 << number

@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import fx
 
+from mhc_compile import _torch
 from mhc_compile.errors import RewriteError
 from mhc_compile.passes.emit import copy_nodes
 from mhc_compile.passes.provenance import module_path, source_line
@@ -115,7 +116,7 @@ def _output_metadata(gm: fx.GraphModule) -> list[object]:
 
 
 def _op_name(target: object) -> str:
-    return str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
+    return str(target) if isinstance(target, _torch.OpOverload) else getattr(target, "__name__", str(target))
 
 
 def _python(graph: fx.Graph) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from mhc_compile import _torch
+
 aten = torch.ops.aten
 
 
@@ -57,13 +59,13 @@ REDUCTIONS = _packets("mean", "sum", "amax", "amin", "var", "std", "norm", "lina
 def packet(node: fx.Node) -> object:
     """The overload packet of an ATen call (`aten.add` for `aten.add.Tensor`), or the target itself."""
     target = node.target
-    return target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+    return target.overloadpacket if isinstance(target, _torch.OpOverload) else target
 
 
 def is_elementwise(node: fx.Node) -> bool:
     """Each output element depends on one element of every tensor argument (after broadcasting)."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, _torch.OpOverload):
         return False
     return torch.Tag.pointwise in target.tags or target.overloadpacket in _ELEMENTWISE
 
@@ -80,13 +82,13 @@ def is_local(node: fx.Node) -> bool:
 def is_random(node: fx.Node) -> bool:
     """Draws random numbers."""
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+    return isinstance(target, _torch.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
 
 def is_mutating(node: fx.Node) -> bool:
     """Writes into one of its arguments."""
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+    return isinstance(target, _torch.OpOverload) and target._schema.is_mutable
 
 
 def value_of(node: fx.Node) -> object:
@@ -124,7 +126,7 @@ def _same(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
 
 def schema_of(node: fx.Node) -> torch.FunctionSchema:
     """The schema of an ATen or custom op call."""
-    assert isinstance(node.target, torch._ops.OpOverload)
+    assert isinstance(node.target, _torch.OpOverload)
     return node.target._schema
 
 

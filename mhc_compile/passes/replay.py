@@ -16,6 +16,7 @@ from torch import fx
 import mhc_compile.kernels.cross_site_ops
 import mhc_compile.kernels.manifold_ops
 import mhc_compile.kernels.single_pass_ops  # noqa: F401 - and those of other sites than Sinkhorn's
+from mhc_compile import _torch
 from mhc_compile.passes.capture import graph_input
 from mhc_compile.passes.dataflow import Dataflow
 from mhc_compile.passes.op_kinds import NORMS, REDUCTIONS, aten, is_local, is_mutating, is_random, packet, tensor_of
@@ -56,7 +57,7 @@ def depends_on_parameters(flow: Dataflow) -> set[fx.Node]:
 
 def _is_trunk_op(node: fx.Node) -> bool:
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target.namespace == "mhc" and packet(node) not in _KEPT
+    return isinstance(target, _torch.OpOverload) and target.namespace == "mhc" and packet(node) not in _KEPT
 
 
 def _is_cheap(node: fx.Node) -> bool:
