@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from mhc_compile.kernels.triton_launch import Launch
@@ -85,12 +85,10 @@ def compile_for(launch: Launch, target: Target) -> Compiled:
 
 
 def assembler_report(ptx: str, architecture: int) -> str:
-    """What NVIDIA's assembler, which comes with triton, says of registers."""
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    names = ["ptxas-blackwell", "ptxas"] if architecture >= 100 else ["ptxas"]
-    assembler = next(folder / name for name in names if (folder / name).exists())
+    """What NVIDIA's assembler, which comes with triton, says of registers: the one of two that triton takes for it."""
+    assembler = get_ptxas(architecture).path
     name = f"sm_{architecture}{'a' if architecture >= 90 else ''}"
-    command = [str(assembler), "-v", f"--gpu-name={name}", "-", "-o", "/dev/null"]
+    command = [assembler, "-v", f"--gpu-name={name}", "-", "-o", "/dev/null"]
     done = subprocess.run(command, input=ptx, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stderr

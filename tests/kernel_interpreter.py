@@ -21,7 +21,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from mhc_compile.kernels.triton_launch import Launch
 
-LOOKED_AT = ("3.6.", "3.7.")
+LOOKED_AT = ("3.6.", "3.7.", "3.8.", "3.9.")
 
 _convert_float = interpreter._convert_float
 _create_dot = InterpreterBuilder.create_dot

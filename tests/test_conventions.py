@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mhc_compile.errors import ConfigError, ShapeError
 from mhc_compile.kernels import ops, reference, site_ops
+from opcheck import opcheck
 
 mhc = torch.ops.mhc
 
@@ -138,17 +139,17 @@ def test_opcheck(name: str) -> None:
     variant = VARIANTS[name]
     streams, f, phi, alpha, bias = inputs(3, 2, variant.get("groups", 3), torch.float32)
     gates = tuple(chosen(variant, GATES).values())
-    torch.library.opcheck(mhc.coefficients.default, (streams, phi, alpha, bias, EPS, *gates))
+    opcheck(mhc.coefficients.default, (streams, phi, alpha, bias, EPS, *gates))
     tail = (*gates, *chosen(variant, BALANCE).values(), *chosen(variant, MERGE).values())
-    torch.library.opcheck(mhc.read.default, (streams, phi, alpha, bias, EPS, 4, *tail))
+    opcheck(mhc.read.default, (streams, phi, alpha, bias, EPS, 4, *tail))
     with torch.no_grad():
         _, _, post, res, carrier, *_ = mhc.read(streams, phi, alpha, bias, EPS, 4, *tail)
     if variant.get("groups") != 1:
         post, mixing = post.requires_grad_(), res.requires_grad_() if res.numel() else None
         flags = tuple(chosen(variant, MERGE).values())
-        torch.library.opcheck(mhc.merge.default, (streams, f, post, mixing, *flags))
-        torch.library.opcheck(mhc.merge_carried.default, (streams, f, carrier, post, mixing, *flags))
-    torch.library.opcheck(mhc.sinkhorn.default, (torch.randn(3, 2, 2, requires_grad=True), 3, 0.0, False, True))
+        opcheck(mhc.merge.default, (streams, f, post, mixing, *flags))
+        opcheck(mhc.merge_carried.default, (streams, f, carrier, post, mixing, *flags))
+    opcheck(mhc.sinkhorn.default, (torch.randn(3, 2, 2, requires_grad=True), 3, 0.0, False, True))
 
 
 def test_without_tokens() -> None:

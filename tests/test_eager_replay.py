@@ -20,6 +20,7 @@ from mhc_compile.passes.eager_replay import replaying
 from mhc_compile.passes.emit import copy_graph
 from mhc_compile.passes.lower import lower
 from mhc_compile.passes.recompute import equal_blocks, tag
+from opcheck import opcheck
 from test_lower import Pair, _copy, pair, zoo_pair
 
 
@@ -206,7 +207,7 @@ def block_arguments(dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Te
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_op_of_a_block_is_its_merges_and_aggregates(dtype: torch.dtype) -> None:
     streams, f, post, res, pre = block_arguments(dtype)
-    torch.library.opcheck(torch.ops.mhc.replay_block.default, (streams, f, post, res, pre), {"transposed": True})
+    opcheck(torch.ops.mhc.replay_block.default, (streams, f, post, res, pre), {"transposed": True})
     states, aggregates = replay_block(streams, f, post, res, pre, transposed=True)
     one = ops.merge(streams, f[0], post[0], res[0], True)
     two = ops.merge(one, f[1], post[1], res[1], True)

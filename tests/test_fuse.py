@@ -20,6 +20,7 @@ from mhc_compile.passes.emit import copy_graph
 from mhc_compile.passes.fuse import fuse
 from mhc_compile.passes.history import count_ops
 from mhc_compile.passes.lower import lower
+from opcheck import opcheck
 from test_conventions import MERGE, VARIANTS, chosen
 from test_lower import LIMITS, zoo_pair
 
@@ -87,7 +88,7 @@ def test_opcheck() -> None:
         _, _, post, res, carrier = site_ops.read(streams, *first, EPS, ITERATIONS)
     coefficients = None, post.requires_grad_(), res.requires_grad_()
     args = (streams, f, carrier, *coefficients, False, False, *second, EPS, ITERATIONS)
-    torch.library.opcheck(mhc.merge_read.default, args)
+    opcheck(mhc.merge_read.default, args)
 
 
 def test_without_a_gradient_of_the_streams() -> None:
@@ -225,7 +226,7 @@ def test_opcheck_of_the_backward() -> None:
     grads = [torch.randn_like(one) for one in (u, pre, post, res, streams, u, streams)]
     kept = (streams, *values, pre, post, res, z, r, gains, False)
     for sent, dtype in ((grads, torch.float32), ([None] * 7, torch.float32), (grads, torch.bfloat16)):
-        torch.library.opcheck(mhc.merge_read_backward.default, (*sent, *kept, dtype, EPS, ITERATIONS))
+        opcheck(mhc.merge_read_backward.default, (*sent, *kept, dtype, EPS, ITERATIONS))
 
 
 # --- the pass ---------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ from mhc_compile.passes.emit import copy_graph
 from mhc_compile.passes.rewrite import analyze, rewrite
 from mhc_compile.record import Record, SiteRecord
 from mhc_compile.site_form import SiteForm
+from opcheck import opcheck
 
 pytestmark = [
     # transformers calls cached helpers in forward; Dynamo warns that it traces what they wrap
@@ -157,9 +158,9 @@ def test_the_page_has_the_table() -> None:
 def test_constrain_as_an_op(name: str) -> None:
     leaf = logits_of(name, 3, (2,), torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda one: manifold_ops.constrain(one, name, 3), (leaf,))
-    torch.library.opcheck(torch.ops.mhc.constrain.default, (leaf, name, 3))
+    opcheck(torch.ops.mhc.constrain.default, (leaf, name, 3))
     grad = torch.randn(2, 3, 3, dtype=torch.float64)
-    torch.library.opcheck(torch.ops.mhc.constrain_backward.default, (grad, leaf.detach(), name, 3))
+    opcheck(torch.ops.mhc.constrain_backward.default, (grad, leaf.detach(), name, 3))
     for lead in ((), (0,), (2, 1, 3)):
         logits = logits_of(name, 3, lead, torch.float32).requires_grad_()
         res = manifold_ops.constrain(logits, name, 3)
@@ -187,10 +188,10 @@ def test_gates_as_an_op(name: str) -> None:
     tensors, form = gates_case(FORMS[name], 3, torch.float64)
     leaves = tuple(one if one is None else one.requires_grad_() for one in tensors)
     assert torch.autograd.gradcheck(lambda *given: manifold_ops.gates(*given, *form), leaves)
-    torch.library.opcheck(torch.ops.mhc.gates.default, (*leaves, *form))
+    opcheck(torch.ops.mhc.gates.default, (*leaves, *form))
     grads = [torch.randn_like(one) for one in manifold_ops.gates(*leaves, *form)]
     detached = [one if one is None else one.detach() for one in tensors]
-    torch.library.opcheck(torch.ops.mhc.gates_backward.default, (*grads, *detached, *form))
+    opcheck(torch.ops.mhc.gates_backward.default, (*grads, *detached, *form))
     for dtype in (torch.float32, torch.bfloat16):
         tensors, form = gates_case(FORMS[name], 3, dtype)
         exact = reference.gates(*(one if one is None else one.double() for one in tensors), *form)

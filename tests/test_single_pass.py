@@ -19,6 +19,7 @@ from mhc_compile.kernels import cross_site_ops, ops, single_pass_ops
 from mhc_compile.passes.fuse import fuse
 from mhc_compile.passes.history import count_ops
 from mhc_compile.passes.lower import lower
+from opcheck import opcheck
 from test_conventions import MERGE, VARIANTS, chosen
 from test_fuse import EPS, ITERATIONS, C, parameters
 
@@ -123,10 +124,10 @@ def test_opcheck() -> None:
     streams, f, w = (torch.randn(shape, requires_grad=True) for shape in ((3, 2, C), (3, C), (3, 2)))
     with torch.no_grad():
         u, pre, post, res, carrier, _, z, r = mhc.read_early(streams, w, *first, EPS, ITERATIONS)
-    torch.library.opcheck(mhc.read_early.default, (streams, None, *first, EPS, ITERATIONS))
-    torch.library.opcheck(mhc.read_early.default, (streams, w, *first, EPS, ITERATIONS))
+    opcheck(mhc.read_early.default, (streams, None, *first, EPS, ITERATIONS))
+    opcheck(mhc.read_early.default, (streams, w, *first, EPS, ITERATIONS))
     args = (streams, f, carrier, None, post.requires_grad_(), res.requires_grad_(), False, False)
-    torch.library.opcheck(mhc.merge_read_early.default, (*args, w, *second, EPS, ITERATIONS))
+    opcheck(mhc.merge_read_early.default, (*args, w, *second, EPS, ITERATIONS))
     grads = [torch.randn_like(one) for one in (u, pre, post, res, streams, u, streams)]
     values = [one.detach() for one in (streams, w, *first, pre, post, res, z, r)]
     gains = torch.randn(3, 2)
@@ -135,7 +136,7 @@ def test_opcheck() -> None:
         ([None] * 7, (True, None, False, torch.float32)),
         ([*grads[:5], None, None], (False, None, False, torch.float32)),
     ):
-        torch.library.opcheck(mhc.read_early_backward.default, (*sent, *values, *tail, EPS, ITERATIONS))
+        opcheck(mhc.read_early_backward.default, (*sent, *values, *tail, EPS, ITERATIONS))
 
 
 def test_wrong_weights_and_double_backward() -> None:

@@ -129,6 +129,7 @@ class Stage(PipelineStage):
         self.module, self.schedule, self.tied, self.whole = module, schedule, tied, whole
         own = {id(parameter) for parameter in module.parameters()}
         self._tied = [name for name, parameter in tied.parameters.items() if id(parameter) in own]
+        self._whole_output: Any = None  # of the last stage, while torch has its tensors
 
     def clear_runtime_states(self) -> None:
         """At the start of every step."""
@@ -137,13 +138,22 @@ class Stage(PipelineStage):
             self.tied.check_held(self._tied, self.submod)
             self.tied.start()
 
+    def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's; of the last stage the tensors alone, as torch keeps no other structure for the backward."""
+        output = super().forward_maybe_with_nosync(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if not self.is_last:
+            return output
+        self._whole_output = output
+        return tuple(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """As torch's; the output of the last stage may be of any structure that pytree knows."""
-        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
-        if self.is_last:
-            _, given = self.fwd_cache[fwd_chunk_id]
-            tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-            self.fwd_cache[fwd_chunk_id] = (tuple(tensors), given)
+        given = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        if not self.is_last:
+            return given
+        output, self._whole_output = self._whole_output, None
+        if self.output_chunks and self.output_chunks[-1] is given:
+            self.output_chunks[-1] = output
         return output
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
