@@ -85,7 +85,7 @@ MEMBERS: tuple[tuple[object, tuple[str, ...]], ...] = (
     (torch.nn.Module(), ("_load_from_state_dict", "_forward_hooks", "_forward_pre_hooks")),
     (torch.ops.aten.add.Tensor, ("_schema", "_opname", "_overloadname")),
     (torch.ops.aten.add, ("_qualified_op_name",)),
-    (torch.ops.aten, ("_assert_tensor_metadata", "_unsafe_view")),
+    (torch.ops.aten, ("_assert_tensor_metadata", "_log_softmax", "_softmax", "_unsafe_view")),
     (torch.Tensor, ("_is_view",)),
     (torch.UntypedStorage, ("_cdata",)),
     (fx.Node, ("_rename",)),

@@ -7,9 +7,11 @@ random. Needs the extra `demo`. Nothing is downloaded.
 from __future__ import annotations
 
 import copy
+import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from mhc_compile._torch import TESTED
 from mhc_compile.convert import history, mhc_compile, param_groups
 from mhc_compile.explain import explain
 from mhc_compile.gains import Gain, composite_gains
@@ -81,6 +84,7 @@ def run_demo(options: DemoOptions | None = None, console: Console | None = None)
     batches = text_batches(options)
     example = {"input_ids": next(batches)[:2, :32]}
 
+    console.print(versions(), markup=False, highlight=False)
     console.rule(f"1. convert a GPT-2 of {options.layers} layers to {options.n} streams")
     mhc_compile(model, options.n, example_inputs=example, backend="aot_eager")
     console.print(str(explain(model, example)), markup=False, highlight=False, soft_wrap=True)
@@ -109,6 +113,13 @@ def run_demo(options: DemoOptions | None = None, console: Console | None = None)
     draw(runs, gains, options.picture)
     console.print(f"picture: {options.picture}")
     return report.passed
+
+
+def versions() -> str:
+    """Return what the demonstration runs on, and which releases of torch the tests were run with."""
+    found = ", ".join(f"{name} {version(name)}" for name in ("mhc-compile", "torch", "transformers"))
+    tested = f"tested with torch {TESTED[0]} to {TESTED[-1]}"
+    return f"{found}, Python {platform.python_version()}; {tested}"
 
 
 def small_gpt2(options: DemoOptions) -> nn.Module:

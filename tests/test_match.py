@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from mhc_compile.passes.history import PassRecord, run_passes
 from mhc_compile.passes.match import match_passes
 from mhc_compile.passes.match_report import Matches
 from mhc_compile.passes.op_kinds import aten, packet
+from mhc_compile.passes.rewrite import analyze
 from mutants import Judge
 
 mhc = torch.ops.mhc
@@ -295,6 +297,34 @@ def test_streams_in_bfloat16_are_as_near_as_eager() -> None:
     result, eager = after(*before.arguments)[0], low(y)
     assert result.dtype == eager.dtype == torch.bfloat16
     assert (result - exact).norm() <= 1.05 * (eager - exact).norm()
+
+
+DECOMPOSED = ["spec", "normalize", "log_softmax", "softmax_start", "deepseek"]
+
+
+def decomposed(name: str) -> tuple[nn.Module, Tensor]:
+    """A block as torch.export decomposes it: a softmax has another name, and from torch 2.14 on a 1-norm is no op."""
+    torch.manual_seed(0)
+    x = torch.randn(BATCH, TOKENS, C, dtype=torch.float64)
+    program = torch.export.export(BLOCKS[name].build().double(), (x,))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*", FutureWarning)
+        return program.run_decompositions().module(), x
+
+
+@pytest.mark.parametrize("name", DECOMPOSED)
+def test_a_decomposed_program_is_matched_as_the_module_is(name: str) -> None:
+    program, x = decomposed(name)
+    before = capture(program, (x,))
+    after, found, _ = matched(before.graph)
+    assert found.ops == BLOCKS[name].found
+    assert_near(after(*before.arguments)[0], program(x), 1e-9)
+
+
+@pytest.mark.parametrize("name", DECOMPOSED)
+def test_a_decomposed_program_is_not_converted_again(name: str) -> None:
+    program, x = decomposed(name)
+    assert analyze(capture(program, (x,)).graph).foreign is not None
 
 
 @pytest.mark.parametrize("name", ["spec", "flat", "folded", "tokens_last"])

@@ -21,7 +21,9 @@ _REDUCTIONS: dict[Any, tuple[Any, ...]] = {  # an op that normalises, and what i
     aten.mul.Tensor: _SUMS,
     aten.add.Tensor: (aten.logsumexp.default,),
     aten.log_softmax.int: (),
+    aten._log_softmax.default: (),
 }
+_HANDED_ON = (aten.expand_as.default, aten.expand.default)
 
 
 def find_foreign(graph: fx.Graph, merges: list[Merge]) -> str | None:
@@ -47,7 +49,7 @@ def _normalised(node: fx.Node) -> fx.Node | None:
     value = tensor_of(node)
     if value is None or value.dim() < 2 or _torch.size_hint(value.shape[-1]) != _torch.size_hint(value.shape[-2]):
         return None
-    if node.target is aten.log_softmax.int:
+    if not reductions:
         return node.args[0] if isinstance(node.args[0], fx.Node) else None
     for source, divisor in (node.args[:2], node.args[1::-1]):
         if isinstance(source, fx.Node) and isinstance(divisor, fx.Node) and _reduces(divisor, source, reductions):
@@ -58,13 +60,23 @@ def _normalised(node: fx.Node) -> fx.Node | None:
 def _reduces(node: fx.Node, source: fx.Node, reductions: tuple[Any, ...], steps: int = 4) -> bool:
     """The node is a sum over an axis of `source`, behind at most a few elementwise ops (an eps, a clamp, a sign)."""
     while steps and node.target not in reductions:
-        skipped = is_elementwise(node) or node.target is aten.expand_as.default
+        skipped = is_elementwise(node) or node.target in _HANDED_ON
         if not skipped or not node.args or not isinstance(node.args[0], fx.Node):
             return False
         node, steps = node.args[0], steps - 1
     if node.target is aten.linalg_vector_norm.default and node.args[1:2] != (1.0,):
         return False
-    return node.target in reductions and node.args[0] is source
+    return node.target in reductions and _entries(node) is source
+
+
+def _entries(node: fx.Node) -> object:
+    """What a reduction reads, behind the absolute value and the power of a 1-norm that was decomposed."""
+    found = node.args[0]
+    while isinstance(found, fx.Node) and found.target in (aten.abs.default, aten.pow.Tensor_Scalar):
+        if found.target is aten.pow.Tensor_Scalar and found.args[1] != 1:
+            break
+        found = found.args[0]
+    return found
 
 
 def _writes_streams(merge: Merge, branch: fx.Node) -> bool:

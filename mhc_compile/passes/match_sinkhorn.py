@@ -22,7 +22,7 @@ import mhc_compile.kernels.ops  # noqa: F401 - registers torch.ops.mhc
 from mhc_compile.passes.forms import Axis, Factor, Form, Slot, Term, Unreadable, contract, leaf_form
 from mhc_compile.passes.match_rewrites import Match, Placer, Refusal, bound_to, coefficient_dtype, refusal
 from mhc_compile.passes.op_kinds import aten, is_float_tensor, packet, tensor_of
-from mhc_compile.passes.read_forms import LAYOUT_OPS, Depth, Reader, dims_of, number_of
+from mhc_compile.passes.read_forms import LAYOUT_OPS, Depth, Reader, dims_of, literal, number_of
 
 mhc = torch.ops.mhc
 
@@ -87,7 +87,8 @@ def _parts(chain: Chain) -> list[fx.Node]:
 
 
 _REDUCTIONS = frozenset({aten.sum, aten.logsumexp, aten.linalg_vector_norm, aten.amax, aten.mean})
-_SOFTMAXES = frozenset({aten.softmax, aten.special_softmax})
+_SOFTMAXES = frozenset({aten.softmax, aten.special_softmax, aten._softmax})
+_LOG_SOFTMAXES = frozenset({aten.log_softmax, aten.special_log_softmax, aten._log_softmax})
 _ENDS = frozenset({aten.div, aten.mul, aten.exp, aten.true_divide, *_SOFTMAXES})
 
 
@@ -167,7 +168,7 @@ class _Walker:
     def _softmax(self, at: Factor, added: float, end: Factor) -> Step | None:
         """The step that a softmax is: in its argument's exponential."""
         node = _node(at)
-        if packet(node) not in _SOFTMAXES:
+        if packet(node) not in _SOFTMAXES or (packet(node) is aten._softmax and node.args[2]):  # which casts as well
             return None
         slot = at.slots[_dim(node) % len(at.slots)]
         (axis,) = slot.axes if len(slot.axes) == 1 else (None,)
@@ -195,14 +196,19 @@ class _Walker:
         return Step(axis, eps, _node(at), a, 0.0, guarded, reason)
 
     def _sum(self, node: fx.Node) -> Form:
-        """The form of a sum over an axis; of positive entries a 1-norm is one."""
-        if packet(node) is not aten.linalg_vector_norm or node.args[1] != 1:
-            return self._reader.form(node)
-        return self._line(node, *dims_of(node))
+        """The form of a sum over an axis; of positive entries a 1-norm is one, also where it is decomposed."""
+        if packet(node) is aten.linalg_vector_norm and node.args[1] == 1:
+            return self._line(node, *dims_of(node))
+        total = _first_power(node)
+        if packet(total) is aten.sum:
+            entries = _first_power(total.args[0])
+            if packet(entries) is aten.abs:
+                return self._line(total, *dims_of(total), entries.args[0])
+        return self._reader.form(node)
 
-    def _line(self, node: fx.Node, dims: Sequence[int], keep: bool) -> Form:
-        """The form of the sum over dimensions of what a reduction reads."""
-        form = self._reader.leaf(node.args[0])  # type: ignore[arg-type]
+    def _line(self, node: fx.Node, dims: Sequence[int], keep: bool, entries: Any = None) -> Form:
+        """The form of the sum over dimensions of what a reduction reads, or of `entries`."""
+        form = self._reader.leaf(node.args[0] if entries is None else entries)  # type: ignore[arg-type]
         names = list(range(len(form.dims)))
         gone = [dim % len(names) for dim in dims]
         total = contract([(form, names)], [name for name in names if name not in gone])
@@ -216,7 +222,7 @@ class _Walker:
     def _logarithmic(self, at: Factor) -> Step | None:
         """`a - logsumexp(a)`, or a log_softmax: the logarithm of a quotient."""
         node = _node(at)
-        if packet(node) is aten.log_softmax:
+        if packet(node) in _LOG_SOFTMAXES:
             slot = at.slots[_dim(node) % len(at.slots)]
             return Step(slot.axes[0], 0.0, node, self._argument(at)) if len(slot.axes) == 1 else None
         pair = self._difference(at)
@@ -252,6 +258,12 @@ class _Walker:
             if (plus.scale, minus.scale) == (1, -1) and len(plus.factors) == len(minus.factors) == 1:
                 return plus.factors[0], minus.factors[0]
         return None
+
+
+def _first_power(node: Any) -> fx.Node:
+    """What a node raises to the power of 1; another node itself."""
+    of_one = packet(node) is aten.pow and literal(node.args[1]) == 1
+    return node.args[0] if of_one else node  # type: ignore[no-any-return]
 
 
 def _dim(node: fx.Node) -> int:
