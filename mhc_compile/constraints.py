@@ -20,7 +20,8 @@ from mhc_compile.kernels import reference
 
 MAX_STREAMS = 64
 DIAGONAL = 0.9  # of an initial `res` that has other entries too: most of a stream stays, and no gradient is lost
-_SQUARINGS = 20  # a power of 2^20 leaves the norm within 7e-7 of the largest singular value, whatever its multiplicity
+ITERATIONS = 20  # of Sinkhorn's, where a site's form does not say how many
+SQUARINGS = 20  # a power of 2^20 leaves the norm within 7e-7 of the largest singular value, whatever its multiplicity
 
 # What an entry may promise of every matrix that its formula gives.
 PROMISES = {
@@ -73,18 +74,18 @@ def near_identity(n: int) -> Tensor:
 
 
 def _sinkhorn(logits: Tensor, n: int) -> Tensor:
-    return reference.sinkhorn(logits, 20)
+    return reference.sinkhorn(logits, ITERATIONS)
 
 
 def _mixed_permutations(logits: Tensor, n: int) -> Tensor:
     """Softmax weights over the n! permutation matrices: every doubly stochastic matrix is such a mixture (Birkhoff)."""
     if n == 1:
         return logits.softmax(-1)  # [..., 1, 1] already
-    return (logits.softmax(-1) @ _permutations(n).to(logits)).reshape(*logits.shape[:-1], n, n)
+    return (logits.softmax(-1) @ permutation_matrices(n).to(logits)).reshape(*logits.shape[:-1], n, n)
 
 
 @cache
-def _permutations(n: int) -> Tensor:
+def permutation_matrices(n: int) -> Tensor:
     """[n!, n n], the identity first."""
     eye = torch.eye(n)
     return torch.stack([eye[list(order)].flatten() for order in permutations(range(n))])
@@ -123,7 +124,7 @@ def _over_largest_singular_value(logits: Tensor, n: int) -> Tensor:
         tiny = torch.finfo(logits.dtype).tiny
         scaled = logits / logits.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
         power = scaled.mT @ scaled
-        for _ in range(_SQUARINGS):
+        for _ in range(SQUARINGS):
             power = power / power.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(tiny)
             power = power @ power
         power = power / power.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(tiny)

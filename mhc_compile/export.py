@@ -104,9 +104,8 @@ def export_onnx(
         program, found = _program(model, source, args, kwargs)
     notes += found
     sites = tuple(dict.fromkeys(_sites(program)))
-    properties = {"mhc_compile.sites": " ".join(sites)}
     names = _input_names(source), _output_names(source)
-    written = writer.write(program, target, names, properties, external_data)
+    written = writer.write(program, target, names, external_data)
     facts = (written.calls, written.inputs, written.outputs, written.data)
     return ONNXFile(target, writer.OPSET, sites, *facts, tuple(notes))
 

@@ -22,8 +22,9 @@ import onnxscript
 import torch
 from onnxscript import opset20 as standard
 
+from mhc_compile.codegen import onnx_coefficients, onnx_constraints
 from mhc_compile.codegen import onnx_functions as functions
-from mhc_compile.codegen.onnx_functions import DOMAIN, OPSET, VERSION, Function
+from mhc_compile.codegen.onnx_functions import DOMAIN, KINDS, OPSET, VERSION, Function
 from mhc_compile.errors import ExportError, wrong
 from mhc_compile.passes.provenance import source_line
 
@@ -52,16 +53,19 @@ def write(
     program: torch.export.ExportedProgram,
     path: Path,
     names: tuple[Sequence[str], Sequence[str]],
-    properties: Mapping[str, str],
     external_data: bool,
 ) -> Written:
     """Write a program of level-1 ops to an ONNX file.
 
-    names: of the program's tensor inputs and outputs. properties: go into the file's metadata. external_data: put the
-    weights into `path.data` even if a file could hold them. Raises ExportError for an op that torch's exporter cannot
-    translate.
+    names: of the program's tensor inputs and outputs. external_data: put the weights into `path.data` even if a file
+    could hold them. Raises ExportError for an op that torch's exporter cannot translate, and for one of mHC that this
+    module cannot.
+
+    What a file says of mHC stands at its nodes and functions. Metadata of the whole model would be in the way of tools
+    that make one model of two: they take two values of one key for a conflict.
     """
     table = _Table()
+    _refuse_unknown(program, table)
     with _quiet():
         try:
             made: Any = torch.onnx.export(
@@ -80,7 +84,6 @@ def write(
         attached = ir.serde.deserialize_function(function.proto())
         model.functions[attached.identifier()] = attached
     model.opset_imports[DOMAIN] = VERSION
-    model.metadata_props.update(properties)
     calls = _name_calls(model, {name: op for name, (_, op) in table.used.items()})
     _name_sizes(model)
     made.save(path, external_data=external_data)
@@ -117,23 +120,24 @@ class _Table:
             mhc.expand.default: self.expand,
             mhc.readout.default: self.readout,
             mhc.coefficients.default: self.coefficients,
+            mhc.gates.default: self.gates,
             mhc.sinkhorn.default: self.sinkhorn,
+            mhc.constrain.default: self.constrain,
             mhc.aggregate.default: self.aggregate,
             mhc.merge.default: self.merge,
         }
         return {op: _as_function(method) for op, method in methods.items()}
 
-    def _call(self, op: str, function: Function, *inputs: Any, **attributes: float) -> Any:
+    def _call(self, op: str, function: Function, *inputs: Any, **numbers: float) -> Any:
         self.used[function.name] = function, op
-        given = {name: kind(attributes[name]) for name, kind in function.attributes.items()}
         opset = onnxscript.values.Opset(DOMAIN, VERSION)
-        return onnxscript.values.Op(opset, function.name, _schema(function))(*inputs, **given)
+        return onnxscript.values.Op(opset, function.name, _schema(function))(*inputs, **function.given(**numbers))
 
     def expand(self, x: Any, n: int) -> Any:
         return self._call("expand", functions.expand(), x, n=n)
 
     def readout(self, streams: Any) -> Any:
-        return self._call("readout", functions.readout(streams.dtype == ir.DataType.DOUBLE), streams)
+        return self._call("readout", functions.readout(_is_double(streams)), streams)
 
     def coefficients(
         self,
@@ -147,22 +151,34 @@ class _Table:
         post_eps: float = 0.0,
         groups: int = 3,
     ) -> Any:
-        made = self._call(
-            "coefficients",
-            functions.coefficients(groups),
-            *(streams, phi, alpha, bias),
-            eps=eps,
-            pre_eps=pre_eps,
-            post_scale=post_scale,
-            post_eps=post_eps,
-        )
+        function = onnx_coefficients.coefficients(groups, _is_double(streams))
+        numbers = dict(eps=eps, pre_eps=pre_eps, post_scale=post_scale, post_eps=post_eps)
+        made = self._call("coefficients", function, streams, phi, alpha, bias, **numbers)
         if groups == 3:
             return made
         pre, *rest = made if groups == 2 else (made,)
-        zero: Any = standard.Constant(value_ints=[0])
+        none = _empty(pre)
         last: Any = standard.Constant(value_ints=[-1])
-        none = standard.Slice(pre, zero, zero, last)  # what the op gives where there is no post or res: nobody reads it
-        return pre, *(rest or [none]), standard.Slice(standard.Unsqueeze(none, last), zero, zero, last)
+        return pre, *(rest or [none]), _empty(standard.Unsqueeze(none, last))
+
+    def gates(
+        self,
+        streams: Any,
+        phi: Any,
+        alpha: Any,
+        bias: Any,
+        eps: float,
+        logits: int,
+        pre: bool = True,
+        post: bool = True,
+        bounded: bool = True,
+    ) -> Any:
+        dynamic, n = phi is not None and alpha is not None, streams.shape[-2]
+        kind = "none" if not logits else "matrix" if logits == n * n else "list"
+        function = onnx_coefficients.gates(pre, post, kind, bounded, dynamic, _is_double(streams))
+        inputs = (streams, phi, alpha, bias) if dynamic else (streams, bias)
+        made = self._call("gates", function, *inputs, eps=eps)
+        return made if logits else (*made, _empty(made[0]))
 
     def sinkhorn(
         self,
@@ -173,9 +189,13 @@ class _Table:
         implicit: bool = False,  # of the gradient alone
     ) -> Any:
         first, second = (-1, -2) if rows_first else (-2, -1)
-        function = functions.softmax_sinkhorn() if divisor_eps else functions.sinkhorn()
+        function = functions.softmax_sinkhorn(_is_double(logits)) if divisor_eps else functions.sinkhorn()
         options = dict(iterations=iterations, first=first, second=second, divisor_eps=divisor_eps)
         return self._call("sinkhorn", function, logits, **options)
+
+    def constrain(self, logits: Any, kind: str, n: int) -> Any:
+        function, numbers = onnx_constraints.FUNCTIONS[kind](n)
+        return self._call("constrain", function, logits, **numbers)
 
     def aggregate(self, streams: Any, pre: Any) -> Any:
         return self._call("aggregate", functions.aggregate(), streams, pre)
@@ -191,6 +211,16 @@ class _Table:
     ) -> Any:
         function = functions.merge(res is not None, transposed, rounded)
         return self._call("merge", function, streams, f, post, *([] if res is None else [res]))
+
+
+def _is_double(value: Any) -> bool:
+    return bool(value.dtype == ir.DataType.DOUBLE)
+
+
+def _empty(value: Any) -> Any:
+    """What an op gives where there is no such coefficient: nothing of the last dimension. Nobody reads it."""
+    zero: Any = standard.Constant(value_ints=[0])
+    return standard.Slice(value, zero, zero, standard.Constant(value_ints=[-1]))
 
 
 def _as_function(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -214,11 +244,31 @@ def _schema(function: Function) -> Any:
         inputs=[defs.FormalParameter(name, kind) for name, kind in zip(function.inputs, types, strict=True)],
         outputs=[defs.FormalParameter(name, types[0]) for name in function.outputs],
         type_constraints=[(kind, _FLOATS, "") for kind in types],
-        attributes=[
-            defs.Attribute(name, defs.AttrType.INT if kind is int else defs.AttrType.FLOAT)
-            for name, kind in function.attributes.items()
-        ],
+        attributes=[defs.Attribute(name, KINDS[kind][0]) for name, kind in function.attributes.items()],
     )
+
+
+def _refuse_unknown(program: torch.export.ExportedProgram, table: _Table) -> None:
+    """Raise ExportError for an mHC op, or a constraint, that this package writes into graphs and not into files."""
+    known = table.translations()
+    for node in program.graph.nodes:
+        if _is_ours(node) and node.target not in known:
+            raise _gap(f"the op {node.target}")
+        if node.target is mhc.constrain.default:
+            kind = node.kwargs.get("kind") or node.args[1]
+            if kind not in onnx_constraints.FUNCTIONS:
+                raise _gap(f"the constraint {kind!r}")
+
+
+def _is_ours(node: torch.fx.Node) -> bool:
+    return getattr(node.target, "namespace", "") == "mhc"
+
+
+def _gap(what: str) -> ExportError:
+    found = "one that export_onnx cannot write, which is a fault of mhc_compile and not of the model"
+    legal = "what mhc_compile/codegen/onnx.py has a function for"
+    step = "please report it; trace(model, inputs) and source(model, inputs) write the model without ONNX"
+    return ExportError(wrong(what, found, legal, step))
 
 
 def _untranslated(error: Exception) -> ExportError:
@@ -227,6 +277,8 @@ def _untranslated(error: Exception) -> ExportError:
     if node is None:
         reason = str(error).strip().splitlines()[0]
         return ExportError(f"torch.onnx.export does not translate the model: {reason}")
+    if _is_ours(node):
+        return _gap(f"the op {node.target}")
     op = str(node.meta.get("original_aten") or node.target)
     legal = "an op that torch.onnx.export(dynamo=True) translates"
     step = "write that line in other ops"

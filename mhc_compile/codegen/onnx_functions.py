@@ -3,14 +3,19 @@
 One function for each term of a site (arXiv 2512.24880, eq. 7 to 19), as `kernels/reference.py` states it. A body knows
 no sizes and no dtypes: n, C and the tokens come from the shapes of its inputs, and streams are computed with in the
 dtype of the coefficients. What changes a body and not a number gives the function another name: `MergeTransposed`, etc.
-Attributes reach a body through `Constant` alone, as ONNX's own evaluator knows of no other way.
+Attributes reach a body through `Constant` alone, as ONNX's own evaluator knows of no other way. Those that are numbers
+are float32, as ONNX has no others; the functions of a float64 model (`...Double`) have scalar tensors in their place.
+
+Coefficients are in `onnx_coefficients`, what makes res in other ways than Sinkhorn's in `onnx_constraints`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import onnx
 import onnx.parser
 
@@ -23,7 +28,7 @@ OPSET = 20  # of the standard ops in the bodies, and in the files
 class Function:
     """One function: its signature, the formula for readers, and the body in ONNX's text form.
 
-    attributes: name -> type, float or int; a call gives all of them.
+    attributes: name -> type, a key of KINDS; a call gives all of them.
     """
 
     name: str
@@ -31,7 +36,7 @@ class Function:
     outputs: tuple[str, ...]
     formula: str
     body: str
-    attributes: Mapping[str, type] = field(default_factory=dict)
+    attributes: Mapping[str, Kind] = field(default_factory=dict)
 
     def proto(self) -> onnx.FunctionProto:
         """The function as a file holds it."""
@@ -41,6 +46,36 @@ class Function:
         made: onnx.FunctionProto = onnx.parser.parse_function(f"{head}{signature}{{\n{self.body}}}\n")
         made.doc_string = self.formula
         return made
+
+    def given(self, **numbers: float) -> dict[str, Any]:
+        """The attributes of a call, of these numbers or more, as ONNX holds them."""
+        return {name: KINDS[kind][1](numbers[name]) for name, kind in self.attributes.items()}
+
+
+def _exact(number: float) -> onnx.TensorProto:
+    return onnx.numpy_helper.from_array(np.array(number, np.float64))
+
+
+Kind = type[int] | type[float] | type[onnx.TensorProto]
+# kind of an attribute -> its type in ONNX, what makes a number one, the attribute of `Constant` that takes it
+KINDS: dict[Kind, tuple[onnx.defs.OpSchema.AttrType, Any, str]] = {
+    int: (onnx.defs.OpSchema.AttrType.INT, int, "value_int: int"),
+    float: (onnx.defs.OpSchema.AttrType.FLOAT, float, "value_float: float"),
+    onnx.TensorProto: (onnx.defs.OpSchema.AttrType.TENSOR, _exact, "value: tensor"),
+}
+
+
+def real(double: bool) -> Kind:
+    """The kind of an attribute that is a number of any size: exact in float64 models, float32 in others."""
+    return onnx.TensorProto if double else float
+
+
+def number(name: str, double: bool, like: str) -> str:
+    """Lines that give the attribute `name` as a scalar of that name, in the dtype of `like`."""
+    return f"""
+        {name}_given = Constant <{KINDS[real(double)][2]} = @{name}> ()
+        {name} = CastLike ({name}_given, {like})
+    """
 
 
 def expand() -> Function:
@@ -55,7 +90,7 @@ def expand() -> Function:
         sizes = Concat <axis = 0> (n_list, one)
         streams = Expand (wide, sizes)
     """
-    return Function("Expand", ("x",), ("streams",), "X_i = x for each of n streams", body, {"n": int})
+    return Function("ExpandStreams", ("x",), ("streams",), "X_i = x for each of n streams", body, {"n": int})
 
 
 def readout(double: bool) -> Function:
@@ -80,70 +115,6 @@ def aggregate() -> Function:
         u = CastLike (sum, streams)
     """
     return Function("Aggregate", ("streams", "pre"), ("u",), "u = sum_i pre_i X_i", body)
-
-
-def coefficients(groups: int) -> Function:
-    """The coefficients of a site; of `groups` 3 all of them, of 2 without res, of 1 pre alone."""
-    parts = ("pre", "post", "res")[:groups]
-    sizes = ("n", "n", "n_squared")[:groups]
-    lines = [
-        """
-        tokens = Shape <end = -2> (streams)
-        n = Shape <start = -2, end = -1> (streams)
-        c = Shape <start = -1> (streams)
-        width = Mul (n, c)
-        n_squared = Mul (n, n)
-        flat = Concat <axis = 0> (tokens, width)
-        wide = CastLike (streams, phi)
-        x = Reshape (wide, flat)
-        square = Mul (x, x)
-        minus_one = Constant <value_ints = [-1]> ()
-        mean = ReduceMean <keepdims = 1> (square, minus_one)
-        eps_float = Constant <value_float: float = @eps> ()
-        eps_like = CastLike (eps_float, phi)
-        shifted = Add (mean, eps_like)
-        r = Sqrt (shifted)
-        z = MatMul (x, phi)
-        normed = Div (z, r)
-        """,
-        f"sizes = Concat <axis = 0> ({', '.join(sizes)})",
-        f"{', '.join(f'z_{part}' for part in parts)} = Split <axis = -1> (normed, sizes)",
-        f"{', '.join(f'b_{part}' for part in parts)} = Split <axis = 0> (bias, sizes)",
-        f"{', '.join(f'alpha_{part}' for part in parts)} = Split <axis = 0, num_outputs = {groups}> (alpha)",
-    ]
-    for part in parts:
-        lines += [
-            f"scaled_{part} = Mul (alpha_{part}, z_{part})",
-            f"raw_{part} = Add (scaled_{part}, b_{part})",
-        ]
-    lines += ["gate_pre = Sigmoid (raw_pre)", *_shifted("pre", "gate_pre", "pre_eps")]
-    outputs, formula = ["pre"], "pre = sigmoid(alpha_0 z_pre / r + b_pre) + pre_eps"
-    attributes = {"eps": float, "pre_eps": float}
-    if groups > 1:
-        lines += [
-            "gate_post = Sigmoid (raw_post)",
-            "scale_float = Constant <value_float: float = @post_scale> ()",
-            "scale_like = CastLike (scale_float, phi)",
-            "larger_post = Mul (scale_like, gate_post)",
-            *_shifted("post", "larger_post", "post_eps"),
-        ]
-        outputs, attributes = [*outputs, "post"], {**attributes, "post_scale": float, "post_eps": float}
-        formula += "; post = post_scale sigmoid(alpha_1 z_post / r + b_post) + post_eps"
-    if groups > 2:
-        lines += ["matrix = Concat <axis = 0> (tokens, n, n)", "logits = Reshape (raw_res, matrix)"]
-        outputs, formula = [*outputs, "logits"], f"{formula}; logits = alpha_2 z_res / r + b_res"
-    name = {1: "CoefficientsHead", 2: "CoefficientsUnmixed", 3: "Coefficients"}[groups]
-    formula = f"r = sqrt(mean(X^2) + eps); z = vec(X) phi; {formula}"
-    inputs = ("streams", "phi", "alpha", "bias")
-    return Function(name, inputs, tuple(outputs), formula, "\n".join(lines), attributes)
-
-
-def _shifted(result: str, value: str, attribute: str) -> list[str]:
-    return [
-        f"{attribute}_float = Constant <value_float: float = @{attribute}> ()",
-        f"{attribute}_like = CastLike ({attribute}_float, phi)",
-        f"{result} = Add ({value}, {attribute}_like)",
-    ]
 
 
 _AXES = """
@@ -190,33 +161,31 @@ def _log_step(value: str, axis: str, result: str) -> str:
     """
 
 
-def softmax_sinkhorn() -> Function:
+def softmax_sinkhorn(double: bool) -> Function:
     """Sinkhorn's iterations with e in every divisor, from a softmax + e (DeepSeek-V4)."""
-    body = f"""{_AXES}
-        e_float = Constant <value_float: float = @divisor_eps> ()
-        e = CastLike (e_float, logits)
+    body = f"""{_AXES}{number("divisor_eps", double, "logits")}
         max = ReduceMax <keepdims = 1> (logits, first_axis)
         shifted = Sub (logits, max)
         exp = Exp (shifted)
         exp_sum = ReduceSum <keepdims = 1> (exp, first_axis)
         softmax = Div (exp, exp_sum)
-        half = Add (softmax, e)
+        half = Add (softmax, divisor_eps)
         half_sum = ReduceSum <keepdims = 1> (half, second_axis)
-        half_divisor = Add (half_sum, e)
+        half_divisor = Add (half_sum, divisor_eps)
         start = Div (half, half_divisor)
         res = Loop <body = iteration (int64 step, bool keep, m) => (bool again, m_next) {{
             again = Identity (keep)
             first_sum = ReduceSum <keepdims = 1> (m, first_axis)
-            first_divisor = Add (first_sum, e)
+            first_divisor = Add (first_sum, divisor_eps)
             m_half = Div (m, first_divisor)
             second_sum = ReduceSum <keepdims = 1> (m_half, second_axis)
-            second_divisor = Add (second_sum, e)
+            second_divisor = Add (second_sum, divisor_eps)
             m_next = Div (m_half, second_divisor)
         }}> (others, go, start)
     """
     formula = "M = softmax(logits, first) + e; M / (sum over second + e); iterations - 1 times both axes, e as before"
-    attributes = {"iterations": int, "first": int, "second": int, "divisor_eps": float}
-    return Function("SoftmaxSinkhorn", ("logits",), ("res",), formula, body, attributes)
+    attributes = {"iterations": int, "first": int, "second": int, "divisor_eps": real(double)}
+    return Function("SoftmaxSinkhorn" + "Double" * double, ("logits",), ("res",), formula, body, attributes)
 
 
 def merge(mixed: bool, transposed: bool, rounded: bool) -> Function:
