@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mhc_compile import hugging_face
-from mhc_compile.conversion import PENDING, attach, check_same, conversion, detach, is_converted
+from mhc_compile.conversion import PENDING, attach, conversion, detach, is_converted
 from mhc_compile.errors import ConfigError, RewriteError, wrong
 from mhc_compile.record import KEY, Record
 
@@ -95,7 +95,7 @@ def _load_into(model: nn.Module, state: dict[str, Any]) -> nn.Module:
     if converted_here:
         attach(model, record)
     else:
-        check_same(conversion(model).record, record)
+        conversion(model).record.function.check(record.function)
     try:
         _check_fits(model, state)
     except ConfigError:

@@ -13,6 +13,12 @@ INITS = ("identity", "paper", "deepseek_v4")
 BACKENDS = ("inductor", "aot_eager", "eager")
 PARTS = ("pre", "post", "res")  # the coefficients of a site, as the paper's table 1 takes them away
 
+# Every field of MHCConfig is in one of these. The first decide what given weights compute: weights go from one
+# conversion to another where they are the same. The others say what parameters start from, how gradients are made, and
+# what compiles.
+FUNCTION = ("n", "constraint", "iterations", "eps", "tie_shared", "fixed", "dynamic", "single_pass")
+NO_FUNCTION = ("init", "implicit_gradient", "backend")
+
 
 @dataclass(frozen=True)
 class MHCConfig:

@@ -20,7 +20,7 @@ from mhc_compile.hyper_connection import HyperConnection
 from mhc_compile.parts import inside, is_inside, part_paths, record_of_part
 from mhc_compile.passes.history import PassRecord
 from mhc_compile.passes.recompute_choice import Recompute
-from mhc_compile.record import KEY, Record, SiteRecord
+from mhc_compile.record import Record, SiteRecord
 from mhc_compile.sharding import run_gathered
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -58,21 +58,7 @@ class RecordedTree(SiteTree):
 
     def set_extra_state(self, state: object) -> None:
         """Raises ConfigError when the weights belong to another conversion."""
-        check_same(self.record, Record.from_tensor(state))
-
-
-def check_same(own: Record, loaded: Record) -> None:
-    """Raise ConfigError when weights of the conversion `loaded` would compute another function in `own`."""
-    found = own.differences(loaded)
-    if found:
-        raise ConfigError(
-            wrong(
-                "the checkpoint",
-                "of another conversion: " + "; ".join(found),
-                "weights of the same n, constraint, iterations, eps, tie_shared and sites",
-                "restore(model), then mhc_compile.load(checkpoint, model) converts as the checkpoint says",
-            )
-        )
+        self.record.function.check(Record.from_tensor(state).function)
 
 
 class Conversion:
@@ -379,8 +365,7 @@ def converted_class(original: type[nn.Module]) -> type[nn.Module]:
     _torch.outside_dynamo(forward, _INLINED)
 
     def load_from(self: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        if prefix + KEY in state_dict:  # before anything is copied
-            check_same(self.__dict__[STATE].record, Record.from_tensor(state_dict[prefix + KEY]))
+        self.__dict__[STATE].record.function.check_state(state_dict, prefix)  # before anything is copied
         original._load_from_state_dict(self, state_dict, prefix, *rest)
 
     @functools.wraps(original.load_state_dict)

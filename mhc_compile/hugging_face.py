@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from mhc_compile.errors import ConfigError, RewriteError, wrong
-from mhc_compile.record import Record
+from mhc_compile.record import KEY, Record
 
 CONFIG_KEY = "mhc"
 
@@ -96,6 +96,8 @@ def load_directory(path: Path, attach: Callable[[nn.Module, Record], None], **op
         legal = "one that a converted model saved"
         raise ConfigError(wrong(f"{path}/config.json", "that of a plain model", legal, step))
     record = Record.from_dict(written)
+    step = "save the model again: this config.json is not the one of these weights"
+    record.function.check_state(_saved_record(path), step=step)
     delattr(config, CONFIG_KEY)
     loader = _loading_class(_architecture(config, path), record, attach)
     model, report = loader.from_pretrained(path, config=config, output_loading_info=True, **options)
@@ -105,6 +107,18 @@ def load_directory(path: Path, attach: Callable[[nn.Module, Record], None], **op
         raise ConfigError(wrong(f"the mHC weights in {path}", f"without {', '.join(lost[:3])}", "all of the record's"))
     loaded: nn.Module = model
     return loaded
+
+
+def _saved_record(path: Path) -> dict[str, Any]:
+    """The record beside the weights of a directory, which transformers leaves out."""
+    from safetensors import safe_open
+
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            names = set(weights.keys())
+            if KEY in names:
+                return {KEY: weights.get_tensor(KEY)}
+    return {}
 
 
 def _architecture(config: Any, path: Path) -> type[Any]:

@@ -111,6 +111,9 @@ class Backend:
             found = f"one without {', '.join(f'{TREE}.{key}' for key in missing[:3])}"
             step = "pass the state_dict of a Backend, or of a converted model, with the same sites"
             raise ConfigError(wrong("the state", found, f"the weights of all sites, and {KEY}", step))
+        assert self._record is not None
+        step = "make a Backend with the options of the one that was saved, or mhc_compile.load(state, the plain model)"
+        self._record.function.check_state(state, step=step)
         tree.load_state_dict(own)
 
     def _made(self, what: str) -> SiteTree:

@@ -219,7 +219,8 @@ class _Stages:
         replays = bool(self.blocks) and self.backend == "eager"
         run_passes(graph.graph, level_2(self.backend, replays=replays, high_priority=self.high_priority))
         unread = () if stage else self._unread()
-        made = StageModule(graph, self.model, self.whole.state, self.trained, unread)
+        function = conversion(self.model).record.function
+        made = StageModule(graph, self.model, self.whole.state, self.trained, unread, function=function)
         if stage == 0:
             made.call = self.whole.call
         if stage == len(self.graphs) - 1:

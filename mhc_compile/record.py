@@ -8,25 +8,26 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mhc_compile.config import MHCConfig
+from mhc_compile.config import FUNCTION, MHCConfig
 from mhc_compile.errors import ConfigError, wrong
 from mhc_compile.site_form import SiteForm
 
 VERSION = 1
 KEY = "mhc._extra_state"
-# options that the first records did not have
-_LATER = ("implicit_gradient", "constraint", "fixed", "dynamic", "single_pass")
-# the options that decide what the weights compute
-_FUNCTION = ("n", "constraint", "iterations", "eps", "tie_shared", "fixed", "dynamic", "single_pass")
+_FIRST = ("n", "init", "iterations", "eps", "tie_shared", "backend")  # the options that the first records had
+# Every field of a SiteRecord but its name is in one of these, as the options are in config.FUNCTION and NO_FUNCTION.
+SITE_FUNCTION = ("features", "constraint", "applications")
+SITE_NO_FUNCTION = ("stream", "trunk", "line", "double")  # what it starts from, where it is, how exact it is
 _WHOLE = "save and load the whole state_dict, without changing that entry"
 _RETRY = "save the model again with this version, or load it with the version that wrote it"
+_CONVERT = "restore(model), then mhc_compile.load(checkpoint, model) converts as the checkpoint says"
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,45 @@ class SiteRecord:
 
 
 @dataclass(frozen=True)
+class Function:
+    """What decides what the weights of a conversion compute.
+
+    options: name -> value, for `config.FUNCTION`. sites: name -> its values of `SITE_FUNCTION`, in that order.
+    """
+
+    options: Mapping[str, Any]
+    sites: Mapping[str, tuple[Any, ...]]
+
+    def differences(self, other: Function) -> list[str]:
+        """What makes weights of `other` compute another function here, in words; empty if nothing does."""
+        found = [
+            f"{name} is {other.options[name]!r}, here {own!r}"
+            for name, own in self.options.items()
+            if other.options[name] != own
+        ]
+        found += _listed("it has no site", self.sites.keys() - other.sites.keys())
+        found += _listed("it has also the site", other.sites.keys() - self.sites.keys())
+        return found + [
+            f"{field} of site {name!r} is {_said(theirs)}, here {_said(own)}"
+            for name in sorted(self.sites.keys() & other.sites.keys())
+            for field, theirs, own in zip(SITE_FUNCTION, other.sites[name], self.sites[name], strict=True)
+            if theirs != own
+        ]
+
+    def check(self, other: Function, step: str = _CONVERT) -> None:
+        """Raise ConfigError when weights of `other` would compute another function here. step: what to do then."""
+        found = self.differences(other)
+        if found:
+            legal = f"weights of the same {', '.join(FUNCTION)} and sites"
+            raise ConfigError(wrong("the checkpoint", "of another conversion: " + "; ".join(found), legal, step))
+
+    def check_state(self, state: Mapping[str, Any], prefix: str = "", step: str = _CONVERT) -> None:
+        """The same of a state_dict; one without a record is left alone."""
+        if prefix + KEY in state:
+            self.check(Record.from_tensor(state[prefix + KEY]).function, step)
+
+
+@dataclass(frozen=True)
 class Record:
     """A conversion.
 
@@ -81,8 +121,9 @@ class Record:
 
     def _saved_config(self) -> dict[str, Any]:
         """Without the options that came later and are not used, so that earlier releases read the record too."""
-        unused = {name for name in _LATER if getattr(self.config, name) == getattr(MHCConfig(), name)}
-        return {name: value for name, value in asdict(self.config).items() if name not in unused}
+        default = asdict(MHCConfig())
+        own = asdict(self.config).items()
+        return {name: value for name, value in own if name in _FIRST or value != default[name]}
 
     @classmethod
     def from_dict(cls, found: Any) -> Record:
@@ -118,28 +159,17 @@ class Record:
             raise ConfigError(wrong(KEY, f"no JSON ({error})", legal, _WHOLE)) from error
         return cls.from_dict(found)
 
-    def differences(self, other: Record) -> list[str]:
-        """What makes weights of `other` compute another function here, in words; empty if nothing does."""
-        found = [
-            f"{name} is {getattr(other.config, name)!r}, here {getattr(self.config, name)!r}"
-            for name in _FUNCTION
-            if getattr(other.config, name) != getattr(self.config, name)
-        ]
-        own, others = ({site.name: site.features for site in record.sites} for record in (self, other))
-        found += _listed("it has no site", own.keys() - others.keys())
-        found += _listed("it has also the site", others.keys() - own.keys())
-        constraints = [{site.name: site.constraint for site in record.sites} for record in (self, other)]
-        found += [
-            f"site {name!r} is {constraints[1][name]!r}, here {constraints[0][name]!r}"
-            for name in sorted(own.keys() & others.keys())
-            if constraints[0][name] != constraints[1][name]
-        ]
-        found += [
-            f"site {name!r} has {others[name]} features, here {own[name]}"
-            for name in sorted(own.keys() & others.keys())
-            if own[name] != others[name]
-        ]
-        return found
+    @property
+    def function(self) -> Function:
+        """What decides what its weights compute."""
+        return Function(
+            {name: getattr(self.config, name) for name in FUNCTION},
+            {site.name: tuple(getattr(site, name) for name in SITE_FUNCTION) for site in self.sites},
+        )
+
+
+def _said(value: Any) -> str:
+    return "the conversion's" if value == "" else repr(value)
 
 
 def _listed(words: str, names: Iterable[str]) -> list[str]:

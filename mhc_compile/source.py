@@ -17,8 +17,6 @@ from mhc_compile.conversion import conversion
 from mhc_compile.errors import ConfigError, ExportError, wrong
 from mhc_compile.trace import Exported, exported
 
-_FUNCTION = ("n", "iterations", "eps", "tie_shared")
-
 
 @dataclass(frozen=True)
 class Source:
@@ -68,7 +66,7 @@ def source(model: nn.Module, inputs: Any = None, *, dynamic_shapes: Any = None) 
         found.args,
         found.kwargs,
         found.output,
-        {name: getattr(config, name) for name in _FUNCTION},
+        state.record.function,
     )
     sites = len(found.rewritten.analysis.sites)
     header = f"{call.name} with n = {config.n} streams at {sites} residual sites, written by mhc_compile."

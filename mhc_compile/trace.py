@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from mhc_compile.backend import recorded_analysis
 from mhc_compile.codegen.stage_module import leaves
@@ -20,6 +20,7 @@ from mhc_compile.parts import inside
 from mhc_compile.passes.bind import bind_parameters
 from mhc_compile.passes.capture import Captured, ahead_of_time, graph_input, just_in_time
 from mhc_compile.passes.rewrite import Analysis, analyze, rewrite
+from mhc_compile.record import Record
 from mhc_compile.sharding import refuse_sharded
 
 
@@ -96,9 +97,11 @@ class TracedModel(nn.Module):
         out_spec: pytree.TreeSpec,
         names: tuple[str, ...],
         call: tuple[tuple[Any, ...], dict[str, Any]],
+        record: Record,
     ) -> None:
         """names: of the positional parameters of the model's forward; call: args and kwargs, as traced."""
         super().__init__()
+        self._record = record
         self._names, self._paths = names, list(leaves(names, *call))
         self.graph_module = graph
         self._out_spec = out_spec
@@ -116,6 +119,20 @@ class TracedModel(nn.Module):
             else:
                 self.register_buffer(name, value)
             self._slots.append(name)
+
+    def get_extra_state(self) -> Tensor:
+        """The record of the conversion."""
+        return self._record.to_tensor()
+
+    def set_extra_state(self, state: object) -> None:
+        """Raises ConfigError for the weights of another conversion."""
+        step = "trace a model that was converted as these weights were"
+        self._record.function.check(Record.from_tensor(state).function, step)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if f"{prefix}_extra_state" in state:  # before anything is copied
+            self.set_extra_state(state[f"{prefix}_extra_state"])
+        super()._load_from_state_dict(state, prefix, *rest)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, after the rewrite; arguments as in the traced call, in whatever order they are named."""
@@ -172,4 +189,5 @@ def trace(model: nn.Module, inputs: Any = None, *, dynamic_shapes: Any = None) -
     """
     found = exported(model, inputs, dynamic_shapes)
     call = found.args, found.kwargs
-    return TracedModel(found.rewritten.graph, found.rewritten.arguments, found.output, found.names, call)
+    record = conversion(model).record
+    return TracedModel(found.rewritten.graph, found.rewritten.arguments, found.output, found.names, call, record)

@@ -312,7 +312,7 @@ def test_weights_must_be_of_the_same_conversion(tmp_path: Path) -> None:
     written = source(model, inputs)
     again = loaded(written, tmp_path, other.state_dict())
     plain = mhc_compile(Block().eval(), 4, iterations=3, backend="eager", example_inputs=inputs)
-    with pytest.raises(ValueError, match="'iterations': 3"):
+    with pytest.raises(ConfigError, match="iterations is 3, here 20"):
         again.load_state_dict(plain.state_dict())
     assert torch.isnan(next(type(again)().parameters())).all()  # a model without weights says so
     with pytest.raises(ConfigError, match=r"a path that ends in \.py"):

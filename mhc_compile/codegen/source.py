@@ -18,8 +18,9 @@ from mhc_compile.codegen.spelling import WIDTH, Expression, joined, literal, nee
 from mhc_compile.codegen.stage_module import leaves
 from mhc_compile.errors import ExportError, wrong
 from mhc_compile.passes.capture import graph_input
+from mhc_compile.record import SITE_FUNCTION, Function
 
-_TAKEN = {"Any", "Level", "Path", "Recorded", "Shape", "Sites", "Tensor", "F", "nn"}  # names in every file
+_TAKEN = {"Any", "Function", "Level", "Path", "Recorded", "Shape", "Tensor", "F", "nn"}  # names in every file
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class TracedCall:
     """A graph and the call that it stands for.
 
     name: of the model's class; arguments: the flat arguments of the graph; names: of the positional parameters of the
-    model's forward; args, kwargs: the call; output: the structure of what it gives; function: the options of the
-    conversion that decide what the weights compute.
+    model's forward; args, kwargs: the call; output: the structure of what it gives; function: what decides what the
+    weights compute.
     """
 
     name: str
@@ -38,7 +39,7 @@ class TracedCall:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     output: pytree.TreeSpec
-    function: Mapping[str, Any]
+    function: Function
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ def write(model: nn.Module, call: TracedCall, header: str, *, clean: bool = True
         _LEVEL,
         _class(name, holds, model.training, inputs.signature, _annotation(call.output), forward),
         *inputs.helpers,
-        *([_sites(call.function)] if "mhc" in holds.extra else []),
-        *([_RECORDED] if set(holds.extra) - {"mhc"} else []),
+        *([_RECORDED] if holds.extra else []),
+        _conversion(call.function),
         _hold(holds),
         *([_CONSTANTS] if holds.large() else []),
         *_tables(holds),
@@ -280,16 +281,18 @@ def _docstring(name: str, header: str, inputs: _Inputs, holds: Held, training: b
 
 def _imports(forward: Sequence[str], holds: Held, graph: fx.Graph) -> str:
     text = "\n".join(forward)
-    plain = ["import json"] if "mhc" in holds.extra else []
-    plain += ["import math"] if "math." in text else []
+    plain = ["import math"] if "math." in text else []
     plain += ["from pathlib import Path"] if holds.large() else []
     plain += ["from typing import Any"]
     outer = ["import torch"]
     outer += ["import torch.nn.functional as F"] if "F." in text else []
     defined = {name for node in graph.nodes if (name := _defined_by(node)) is not None}
     outer += [f"import {name}  # noqa: F401 - defines ops" for name in defined]
-    ours = ["", "from mhc_compile.kernels import ops as mhc"] if re.search(r"\bmhc\.\w+\(", text) else []
-    return "\n".join([*plain, "", *sorted(outer), "from torch import Tensor, nn", *ours])
+    used = set(re.findall(r"\b(mhc|manifold_ops)\.\w+\(", text))
+    ours = ["from mhc_compile.kernels import manifold_ops"] if "manifold_ops" in used else []
+    ours += ["from mhc_compile.kernels import ops as mhc"] if "mhc" in used else []
+    ours += ["from mhc_compile.record import Function"]
+    return "\n".join([*plain, "", *sorted(outer), "from torch import Tensor, nn", "", *ours])
 
 
 def _defined_by(node: fx.Node) -> str | None:
@@ -376,31 +379,31 @@ def same(name: str, value: Any, written: Any) -> None:
 '''
 
 
-def _sites(function: Mapping[str, Any]) -> str:
-    entries = ", ".join(f"{literal(key).text}: {literal(value).text}" for key, value in function.items())
-    return f'''
-CONVERSION = {{{entries}}}
+def _conversion(function: Function) -> str:
+    tables = [
+        joined([Expression(f"{literal(name).text}: {_constant(one).text}") for name, one in table.items()], "{", "}")
+        for table in (function.options, function.sites)
+    ]
+    lines = joined(tables, "CONVERSION = Function(", ")").lines(WIDTH)
+    words = f"what decides what the weights compute: options, and of each site {', '.join(SITE_FUNCTION)}"
+    return "\n".join([f"# {words}", *lines])
 
 
-class Sites(Level):
-    """The parameters of the sites; their record says how they were made."""
+def _constant(value: Any) -> Expression:
+    if isinstance(value, tuple):
+        return joined([_constant(one) for one in value], "(", ",)" if len(value) == 1 else ")")
+    return literal(value)
 
-    record: Tensor | None = None
 
-    def get_extra_state(self) -> Any:
-        return self.record
-
-    def set_extra_state(self, state: Tensor) -> None:
-        made = json.loads(bytes(state.tolist()))["config"]
-        found = {{name: made[name] for name in CONVERSION}}
-        if found != CONVERSION:
-            raise ValueError(f"these weights are of a conversion with {{found}}; legal: {{CONVERSION}}")
-        self.record = state
-'''
+_LOAD = (
+    "    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:",
+    "        CONVERSION.check_state(state, prefix, step=\"write the model that has these weights\")",
+    "        super()._load_from_state_dict(state, prefix, *rest)",
+)
 
 
 def _hold(holds: Held) -> str:
-    kinds = [f"{literal(name).text}: {'Sites' if name == 'mhc' else 'Recorded'}" for name in holds.extra]
+    kinds = [f"{literal(name).text}: Recorded" for name in holds.extra]
     level = f"KINDS.get({'{path}'}, Level)()".format(path='".".join(steps[: depth + 1])') if kinds else "Level()"
     steps = "for depth, step in enumerate(steps):" if kinds else "for step in steps:"
     table = f"KINDS = {{{', '.join(kinds)}}}\n\n\n" if kinds else ""
@@ -439,7 +442,7 @@ def _class(name: str, holds: Held, training: bool, signature: str, result: str, 
             "            hold(self, name, tensors[first], kinds[first])",
         ]
     lines += _constants(holds)
-    lines += [f"        super().train({training})", "", *_train(name, training)]
+    lines += [f"        super().train({training})", "", *_train(name, training), "", *_LOAD]
     opening = f"    def forward({signature}) -> {result}:"
     if len(opening) > WIDTH:
         parts = "".join(f"        {part},\n" for part in signature.split(", "))
@@ -478,7 +481,7 @@ def _spaced(code: str) -> str:
     """Two empty lines around what stands at the top level."""
     lines: list[str] = []
     for line in code.split("\n"):
-        top = line.startswith(("class ", "def ", "Shape", "STATE", "KINDS", "TIED", "CONVERSION"))
+        top = line.startswith(("class ", "def ", "Shape", "STATE", "KINDS", "TIED", "# what decides"))
         if top:
             while lines and not lines[-1].strip():
                 lines.pop()

@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from mhc_compile import _torch
+from mhc_compile.codegen.source_state import reference
 from mhc_compile.codegen.spelling import (
     WIDTH,
     Expression,
@@ -42,11 +43,12 @@ _CHECKS = (  # of the trace; they compute nothing
     "_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size",
 )  # fmt: skip
 _RESERVED = {
-    *keyword.kwlist, *dir(builtins), "self", "torch", "transformers", "F", "nn", "mhc", "math", "device", "fits",
-    "same", "sizes", "l", "O", "I",
+    *keyword.kwlist, *dir(builtins), "self", "torch", "transformers", "F", "nn", "mhc", "manifold_ops", "math",
+    "device", "fits", "same", "sizes", "l", "O", "I",
 }  # fmt: skip
-_OF_MHC = {"expand": "streams", "merge": "streams", "aggregate": "u", "sinkhorn": "res", "readout": "mean"}
-_NOT_STREAMS: dict[Any, tuple[int, ...]] = {mhc.merge.default: (2, 3), mhc.aggregate.default: (1,)}
+_OF_MHC = {
+    "expand": "streams", "merge": "streams", "aggregate": "u", "sinkhorn": "res", "constrain": "res", "readout": "mean",
+}  # fmt: skip
 _COEFFICIENTS = ("pre", "post", "logits")
 _ASSIGNED = re.compile(r"^((?:\w+\s*,\s*)*\w+)\s*[-+*/@]?=(?!=)")
 
@@ -97,7 +99,7 @@ class BodyWriter:
     """Writes the nodes of one graph.
 
     inputs: what graph inputs are called; device: the text that stands for the graph's only device; clean: False for
-    torch.ops throughout; sites: add node -> what is said of its site.
+    torch.ops throughout.
     """
 
     def __init__(
@@ -116,7 +118,6 @@ class BodyWriter:
         self._nodes = self._alive(graph)
         self._readers = self._find_readers()
         self._parts = self._tuple_parts()
-        self._sites = self._name_sites()
         self._inlined = self._choose_inlined()
         self._statements = [node for node in self._nodes if node not in self._inlined and not self._is_part(node)]
         self._last = self._last_uses()
@@ -349,29 +350,10 @@ class BodyWriter:
             return "the streams of a trunk: copies of its first state"
         if node.target is mhc.readout.default:
             return "readout: the mean over streams"
-        return self._sites.get(node, "")
-
-    def _name_sites(self) -> dict[fx.Node, str]:
-        """Op of a site -> what it does there. A site is named after its parameters."""
-        found: dict[fx.Node, str] = {}
-        for node in self._nodes:
-            if is_of_mhc(node):
-                known = [one for one in self._upstream(node) if self._names.get(one, "").endswith(".phi")]
-                site = self._names[known[0]].removeprefix("self.mhc.").removesuffix(".phi") if known else ""
-                merge = node.target is mhc.merge.default
-                found[node] = f"site {site}" + (": its branch goes back into the streams" if merge else "")
-        return found
-
-    def _upstream(self, node: fx.Node) -> list[fx.Node]:
-        """What an op of a site reads, through the coefficients and the Sinkhorn matrix, but not through streams."""
-        places = _NOT_STREAMS.get(node.target)
-        given = [self.resolved(one) for one in node.args if isinstance(one, fx.Node)]
-        chosen = given if places is None else [given[place] for place in places if place < len(given)]
-        inner = [one for one in chosen if one.op == "call_function" and self._leads_back(one)]
-        return [*chosen, *(far for one in inner for far in self._upstream(one))]
-
-    def _leads_back(self, node: fx.Node) -> bool:
-        return node.target in (operator.getitem, mhc.coefficients.default, mhc.sinkhorn.default)
+        if "mhc_site" not in node.meta:
+            return "the streams, read with the pre of the site before"
+        site = reference(f"{node.meta['mhc_site']}.bias").removeprefix("self.").removesuffix(".bias")
+        return f"site {site}" + (": its branch goes back into the streams" if node.target is mhc.merge.default else "")
 
 
 def is_of_mhc(node: fx.Node) -> bool:

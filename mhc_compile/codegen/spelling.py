@@ -18,7 +18,6 @@ from torch import Tensor, fx
 
 from mhc_compile import _torch
 from mhc_compile.errors import ExportError, wrong
-from mhc_compile.kernels import ops as mhc_ops
 from mhc_compile.passes.op_kinds import aten, packet
 from mhc_compile.passes.provenance import source_line
 
@@ -109,7 +108,11 @@ _SPREAD = {"reshape", "view", "expand", "permute", "repeat"}  # x.reshape(2, 3) 
 _FREE = {"addmm", "baddbmm", "addcmul", "addcdiv", "bmm", "mm"}  # functions of equals, not methods of the first
 _UNNAMED_DIM = {"unsqueeze", "squeeze", "transpose", "select", "unbind", "size"}
 # The ops of this package: parameters that are clear by their places; the others are written with their names.
-_MHC_PLACES = {"expand": 1, "readout": 1, "coefficients": 1, "sinkhorn": 1, "aggregate": 2, "merge": 4}
+# The ops of ours by the module of their functions, as a file names it, and how many arguments are told by their place.
+_OURS = {
+    "mhc": {"expand": 1, "readout": 1, "coefficients": 1, "sinkhorn": 1, "aggregate": 2, "merge": 4},
+    "manifold_ops": {"gates": 1, "constrain": 1},
+}
 
 
 def joined(parts: Sequence[Expression], head: str = "", tail: str = "") -> Expression:
@@ -222,14 +225,15 @@ def _binary(sign: str, binding: int, left: Expression, right: Expression) -> Exp
 
 def _of_mhc(node: fx.Node, target: _torch.OpOverload, write: Write) -> Expression | None:
     name = packet_name(target)
-    if target.namespace != "mhc" or name not in _MHC_PLACES or not hasattr(mhc_ops, name):
+    place = next((one for one in _OURS if name in _OURS[one]), None) if target.namespace == "mhc" else None
+    if place is None:
         return None
     names = [argument.name for argument in target._schema.arguments]
-    places = _MHC_PLACES[name]
+    places = _OURS[place][name]
     by_name = {**dict(zip(names[places:], node.args[places:], strict=False)), **node.kwargs}
     parts = [write(one) for one in node.args[:places]]
     parts += [named(key, write(value)) for key, value in by_name.items()]
-    return joined(parts, f"mhc.{name}(", ")")
+    return joined(parts, f"{place}.{name}(", ")")
 
 
 def _operator(node: fx.Node, target: _torch.OpOverload, write: Write) -> Expression | None:

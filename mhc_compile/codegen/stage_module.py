@@ -15,6 +15,7 @@ from mhc_compile.codegen.stage_graphs import StageGraph
 from mhc_compile.errors import PartitionError, ShapeError, wrong
 from mhc_compile.passes.capture import graph_input
 from mhc_compile.passes.emit import copy_graph
+from mhc_compile.record import Function
 
 _AGAIN = "cut the model again: pipeline_stages(plan, model, inputs)"
 
@@ -91,9 +92,15 @@ class StageModule(nn.Module):
         state: Mapping[fx.Node, Tensor],
         trained: set[fx.Node],
         unread: Sequence[Tensor] = (),
+        *,
+        function: Function,
     ) -> None:
-        """state: the tensors behind the nodes of `stage.state`; unread: others of the model that the stage keeps."""
+        """state: the tensors behind the nodes of `stage.state`; unread: others of the model that the stage keeps.
+
+        function: what decides what the model's weights compute.
+        """
         super().__init__()
+        self._function = function
         self.received = tuple(node.meta["val"] for node in stage.given)
         self.sent = tuple(node.meta["val"] for node in stage.sent)
         self.takes_grad = tuple(node in trained for node in stage.given)
@@ -150,6 +157,11 @@ class StageModule(nn.Module):
             step = f"call model.{new}() and {_AGAIN}"
             raise PartitionError(wrong("the mode of a pipeline stage", new, legal, step))
         return self
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Raises ConfigError for the weights of another conversion, before anything is copied."""
+        self._function.check_state(state, prefix, step=f"convert a model as these weights were, and {_AGAIN}")
+        super()._load_from_state_dict(state, prefix, *rest)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stages but the first leave keyword arguments alone: a schedule hands them to every stage of a process."""

@@ -31,6 +31,7 @@ from mhc_compile.passes.op_kinds import (
     packet,
     tensor_of,
 )
+from mhc_compile.passes.permutation import permutation
 
 _SEARCH = 64  # ops looked at on each side before giving up
 
@@ -212,27 +213,6 @@ def _axes_back(node: fx.Node, origin: Origin) -> Origin | None:
     return tuple(back)
 
 
-def permutation(node: fx.Node) -> tuple[int, ...] | None:
-    """For a permuting op: the source axis of each result axis."""
-    count = rank(node)
-    kind: Any = packet(node)
-    args: Any = node.args
-    order = list(range(count))
-    if kind is aten.permute:
-        return tuple(int(axis) % count for axis in args[1])
-    if kind in (aten.transpose, aten.swapaxes, aten.swapdims):
-        left, right = int(args[1]) % count, int(args[2]) % count
-    elif (kind in (aten.t, aten.mT, aten.adjoint, aten.numpy_T) and count == 2) or kind in (aten.mT, aten.adjoint):
-        left, right = count - 2, count - 1
-    elif kind in (aten.movedim, aten.moveaxis) and isinstance(args[1], int):
-        order.insert(int(args[2]) % count, order.pop(int(args[1]) % count))
-        return tuple(order)
-    else:
-        return tuple(order) if count < 2 else None
-    order[left], order[right] = order[right], order[left]
-    return tuple(order)
-
-
 def _view_mapping(source: fx.Node, result: fx.Node) -> tuple[int | None, ...]:
     """For a view: the source axis that each result axis is, where it is one whole axis.
 
@@ -256,4 +236,4 @@ def _view_mapping(source: fx.Node, result: fx.Node) -> tuple[int | None, ...]:
     return tuple(mapping)
 
 
-__all__ = ["axes_through", "features", "infer", "permutation", "rank"]
+__all__ = ["axes_through", "features", "infer", "rank"]

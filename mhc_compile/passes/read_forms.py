@@ -40,7 +40,8 @@ from mhc_compile.passes.forms import (
     sliced,
     squared,
 )
-from mhc_compile.passes.op_kinds import CASTS, VIEWS, aten, packet, tensor_of
+from mhc_compile.passes.op_kinds import CASTS, PERMUTES, VIEWS, aten, packet, tensor_of
+from mhc_compile.passes.permutation import permutation
 
 # `detach` and `to(device)` are none of them: the one changes gradients, the other may move.
 IDENTITIES = frozenset({aten.contiguous, aten.clone, aten.alias, aten.positive})
@@ -124,7 +125,9 @@ class Reader:
 
     def _permute(self, node: fx.Node, inner: Callable[[fx.Node], Form]) -> Form:
         form = inner(_source(node))
-        order = _permutation(node, len(form.dims))
+        order = permutation(node)
+        if order is None:
+            raise Unreadable
         return Form(tuple(form.dims[place] for place in order), form.terms)
 
     def _slice(self, node: fx.Node, inner: Callable[[fx.Node], Form]) -> Form:
@@ -383,11 +386,7 @@ class Reader:
         **dict.fromkeys(CASTS, _cast),
         **dict.fromkeys(VIEWS, _view),
         **dict.fromkeys(_EXPANDS, _expand),
-        **dict.fromkeys(
-            (aten.permute, aten.transpose, aten.t, aten.swapaxes, aten.swapdims, aten.movedim, aten.moveaxis, aten.mT),
-            _permute,
-        ),
-        aten.numpy_T: _permute,
+        **dict.fromkeys(PERMUTES, _permute),
         aten.slice: _slice,
         aten.select: _select,
         operator.getitem: _item,
@@ -594,31 +593,6 @@ def _bounds(source: Any, dim: Any, start: Any, end: Any) -> tuple[Any, int, int]
         raise Unreadable
     start, end = (value + size if value < 0 else value for value in (start, end))
     return size, start, min(end, size)
-
-
-def _permutation(node: fx.Node, rank: int) -> list[int]:
-    """For each dimension of the result, the dimension of the argument."""
-    kind, order = packet(node), list(range(rank))
-    if kind is aten.permute:
-        dims: Any = node.args[1]
-        return [dim % rank for dim in dims]
-    if kind in (aten.transpose, aten.swapaxes, aten.swapdims):
-        first, second = (int(dim) % rank for dim in node.args[1:3])  # type: ignore[arg-type]
-        order[first], order[second] = order[second], order[first]
-        return order
-    if kind in (aten.t, aten.numpy_T):
-        return order[::-1]
-    if kind is aten.mT:
-        return [*order[:-2], order[-1], order[-2]]
-    return _moved(node, rank)
-
-
-def _moved(node: fx.Node, rank: int) -> list[int]:
-    given: Any = node.args[1:3]
-    sources, targets = ([dims] if isinstance(dims, int) else list(dims) for dims in given)
-    sources, targets = [dim % rank for dim in sources], [dim % rank for dim in targets]
-    rest = iter([dim for dim in range(rank) if dim not in sources])
-    return [sources[targets.index(place)] if place in targets else next(rest) for place in range(rank)]
 
 
 def number_of(node: fx.Node, place: int) -> float | None:

@@ -27,6 +27,7 @@ from mhc_compile.passes.op_kinds import (
     packet,
     tensor_of,
 )
+from mhc_compile.passes.permutation import permutation
 
 _REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default)
 
@@ -168,7 +169,7 @@ def _is_reduction(node: fx.Node) -> bool:
 
 
 def _permute(emitter: Emitter, node: fx.Node, streams: Streams, axis: int) -> fx.Node:
-    order = feature_axis.permutation(node)
+    order = permutation(node)
     assert order is not None
     before = [place for place in range(len(order)) if place != streams.axis]
     moved = [before.index(place) for place in order if place != streams.axis]

@@ -16,6 +16,7 @@ from torch import fx
 from mhc_compile.passes import feature_axis
 from mhc_compile.passes.dataflow import Dataflow
 from mhc_compile.passes.op_kinds import NORMS, PERMUTES, VIEWS, aten, packet
+from mhc_compile.passes.permutation import permutation
 from mhc_compile.passes.provenance import module_path, source_line
 from mhc_compile.passes.residuals import Merge, Refusal
 from mhc_compile.passes.select import trunk_operand
@@ -186,7 +187,7 @@ def carried_axis(node: fx.Node, axis: int) -> int | None:
     """Where the feature axis is after an op that acts on a trunk value; None if the op does not keep it whole."""
     kind = packet(node)
     if kind in PERMUTES:
-        order = feature_axis.permutation(node)
+        order = permutation(node)
         return None if order is None else order.index(axis)
     if kind in VIEWS:
         origin = feature_axis.axes_through(node, tuple(range(feature_axis.rank(node.args[0]))))  # type: ignore[arg-type]
