@@ -77,7 +77,12 @@ def bytes_of(node: fx.Node) -> int:
 
 
 def tensor_bytes(value: torch.Tensor) -> int:
-    """Bytes of a tensor of its shape, whatever it shares its storage with; sizes as they were captured."""
+    """Bytes of a tensor of its shape, whatever it shares its storage with; sizes as they were captured.
+
+    Of one that wraps others, as quantised weights do, what those take.
+    """
+    if _torch.is_wrapper(value):
+        return sum(map(tensor_bytes, _torch.inner_tensors(value)))
     count = value.element_size()
     for size in value.shape:
         count *= _torch.size_hint(size)
