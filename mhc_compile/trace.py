@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,13 @@ from mhc_compile.passes.bind import bind_parameters
 from mhc_compile.passes.capture import Captured, ahead_of_time, graph_input, just_in_time
 from mhc_compile.passes.rewrite import Analysis, analyze, rewrite
 from mhc_compile.sharding import refuse_sharded
+
+
+@contextmanager
+def with_gradients() -> Iterator[None]:
+    """Gradients on and inference mode off, whatever the caller's mode: for what looks at a step of training."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 @dataclass(frozen=True)
