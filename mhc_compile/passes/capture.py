@@ -307,7 +307,13 @@ class _Inliner(fx.Interpreter):
         if target is _HOPS.invoke_subgraph:
             body, _, *inputs = args
             return _Inliner(body).run(*inputs)
+        if kwargs.get("out") is not None:  # has no gradient: only legal where gradients are off, as they may be outside
+            args = pytree.tree_map_only(torch.Tensor, _without_gradient, args)
         return super().call_function(target, args, kwargs)
+
+
+def _without_gradient(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:
