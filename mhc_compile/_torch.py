@@ -13,7 +13,7 @@ import traceback
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ try:
     from torch._C import (
         DispatchKey,
         _current_graph_task_id,
+        _disabled_torch_function_impl,
         _dispatch_tls_is_dispatch_key_excluded,
         _dispatch_tls_set_dispatch_key_excluded,
         _set_grad_enabled,
@@ -70,7 +71,7 @@ try:
     from torch.fx._symbolic_trace import is_fx_symbolic_tracing
     from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
     from torch.nn.parallel import DistributedDataParallel
-    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, is_traceable_wrapper_subclass
 
     if torch.distributed.is_available():
         from torch.distributed.fsdp import FSDPModule
@@ -180,12 +181,18 @@ __all__ = [
     "function_transforms",
     "get_hash_for_files",
     "gradients_inside_op",
+    "graph_recorded",
+    "has_own_backward",
     "has_tangents",
     "in_backward",
     "inductor_compile",
     "inductor_config",
     "inductor_modes",
+    "inner_tensors",
+    "is_autograd_function",
     "is_tracing",
+    "is_whole",
+    "is_wrapper",
     "make_fx",
     "module_of_op",
     "outside_dynamo",
@@ -312,6 +319,54 @@ def through_dynamo(error: Exception) -> Exception:
     return made
 
 
+def is_wrapper(value: object) -> bool:
+    """A tensor of a class that wraps other tensors, as quantised weights are."""
+    return bool(is_traceable_wrapper_subclass(value))
+
+
+def inner_tensors(value: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors that a tensor wraps, at any depth; itself where it wraps none."""
+    if not is_traceable_wrapper_subclass(value):
+        return [value]
+    held = [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+    return [inner for one in held if isinstance(one, torch.Tensor) for inner in inner_tensors(one)]
+
+
+def is_whole(value: object) -> bool:
+    """A tensor that wraps others and computes some torch functions by itself, as quantised weights do.
+
+    Such a function runs before any op is dispatched: no op of ATen stands for it, and what it does with the wrapped
+    tensors is not seen as a use of the wrapper.
+    """
+    if not is_wrapper(value):
+        return False
+    function: Any = type(value).__torch_function__  # type: ignore[attr-defined]
+    default: Any = torch.Tensor.__torch_function__
+    return function is not _disabled_torch_function_impl and (
+        getattr(function, "__func__", None) is not default.__func__
+    )
+
+
+def is_autograd_function(target: object) -> bool:
+    """What Dynamo puts into a graph for an `autograd.Function` that is marked `allow_in_graph`."""
+    return getattr(target, "__name__", "") == "trampoline_autograd_apply"
+
+
+def has_own_backward(outputs: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor]) -> bool:
+    """Between these tensors a gradient runs through the backward of some `autograd.Function` written in Python."""
+    pending = [tensor.grad_fn for tensor in outputs]
+    seen: set[Any] = {tensor.grad_fn for tensor in inputs}
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        pending += [source for source, _ in node.next_functions]
+    return False
+
+
 def saving_unseen() -> Any:
     """A context in which what autograd saves does not reach the hooks of a caller, as an outer checkpoint's."""
     if not _saved_tensors_hooks_is_enabled():
@@ -400,9 +455,10 @@ def compile_settings() -> Any:
     (transformers warns from within) are left out instead of breaking the graph. DDP's graph splitter is off: each of
     its fragments would widen and read out a part of a trunk by itself. A hook that is put on a module behind the first
     call, or taken off, compiles anew: Dynamo's default does not look, and would leave it out in silence.
-    Recurrent layers of torch are ops like others.
+    Recurrent layers of torch are ops like others. Inductor's freezing is off: it makes constants of the parameters, by
+    whose names sites are known.
     """
-    return dynamo_config.patch(
+    settings = dynamo_config.patch(
         {
             "recompile_limit": 64,
             "optimize_ddp": False,
@@ -411,6 +467,12 @@ def compile_settings() -> Any:
             _IGNORED_LOGGING: _LoggingMethods(),
         }
     )
+    if not inductor_config.freezing:
+        return settings
+    both = ExitStack()
+    both.enter_context(inductor_config.patch(freezing=False))
+    both.enter_context(settings)
+    return both
 
 
 def dynamo_is_off() -> bool:
@@ -522,10 +584,12 @@ def record_opaque(
     *,
     kind: str = "call_function",
     hidden: bool = False,
+    like: object = None,
 ) -> Any:
     """Under `make_fx`: put one call into the graph as it is, without running it, and give `result` (fake) for it.
 
-    With `hidden`, `result` only stands for a value that has no fake form; the node records none.
+    With `hidden`, `result` only stands for a value that has no fake form; the node records none. like: the packet of
+    ATen that the call stands in the place of (`passes.op_kinds.packet`).
     """
     mode: Any = get_proxy_mode()
     for body in [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.nn.Module)]:
@@ -535,7 +599,16 @@ def record_opaque(
     track_tensor_tree(result, proxy, constant=None, tracer=mode.tracer)
     if hidden:
         proxy.node.meta["val"] = None
+    if like is not None:
+        proxy.node.meta["mhc_like"] = like
     return result
+
+
+def graph_recorded() -> fx.Graph:
+    """Under `make_fx`: the graph so far."""
+    mode: Any = get_proxy_mode()
+    graph: fx.Graph = mode.tracer.graph
+    return graph
 
 
 def settled(value: object) -> object:

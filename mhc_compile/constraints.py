@@ -85,9 +85,10 @@ def _mixed_permutations(logits: Tensor, n: int) -> Tensor:
 
 
 @cache
+@torch.inference_mode(False)  # it is kept for calls in every mode
 def permutation_matrices(n: int) -> Tensor:
-    """[n!, n n], the identity first."""
-    eye = torch.eye(n)
+    """[n!, n n] on the CPU, the identity first."""
+    eye = torch.eye(n, device="cpu")
     return torch.stack([eye[list(order)].flatten() for order in permutations(range(n))])
 
 

@@ -23,7 +23,7 @@ from mhc_compile.passes.quantities import plural, size
 from mhc_compile.passes.schedules import Schedule
 from mhc_compile.passes.stages import bytes_of
 from mhc_compile.plan import Plan, PlannedStage, PlannedUnit
-from mhc_compile.trace import rewritten
+from mhc_compile.trace import rewritten, with_gradients
 
 __all__ = ["Pipeline", "Plan", "PlannedStage", "PlannedUnit", "as_bytes", "cost_model", "partition", "planned"]
 
@@ -76,13 +76,15 @@ def cost_model(
     """What a converted model costs, in the mode that it is in; arguments as for `partition`.
 
     `str()` prints the paper's tables 2 and 3 for the model, L_r*, and the work, traffic, memory and time of each site.
+    It costs a step of training, under `no_grad` and `inference_mode` too.
     """
     backend = conversion(model).record.config.backend
-    made = rewritten(model, inputs)
     compiled = backend != "eager" if compiled is None else compiled
-    costs = CostModel(made.graph, made.arguments, device=device, compiled=compiled)
-    if measure:
-        costs.measure(profile_units(made.graph, made.arguments, costs.layout))
+    with with_gradients():
+        made = rewritten(model, inputs)
+        costs = CostModel(made.graph, made.arguments, device=device, compiled=compiled)
+        if measure:
+            costs.measure(profile_units(made.graph, made.arguments, costs.layout))
     return costs
 
 

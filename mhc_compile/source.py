@@ -11,6 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from mhc_compile import _torch
 from mhc_compile.codegen.source import TracedCall, Written, state_of, write
 from mhc_compile.codegen.source_check import module_of, same_graph
 from mhc_compile.conversion import conversion
@@ -55,8 +56,9 @@ def source(model: nn.Module, inputs: Any = None, *, dynamic_shapes: Any = None) 
     The text is traced again before it is given, and has the ops of the graph that it stands for. Raises ExportError for
     an op that has no form in Python, and otherwise as `trace` does.
     """
-    found = exported(model, inputs, dynamic_shapes)
     state = conversion(model)
+    _refuse_wrapped(model)
+    found = exported(model, inputs, dynamic_shapes)
     config = state.record.config
     call = TracedCall(
         state.original.__name__,
@@ -80,6 +82,14 @@ def source(model: nn.Module, inputs: Any = None, *, dynamic_shapes: Any = None) 
             return Source(written.name, written.code, written.constants)
     legal = "one that is traced to the same ops"
     raise ExportError(wrong(f"the Python of {call.name}", "not that of its graph", legal, "please report it"))
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    """Raise ExportError for weights of a tensor class of their own: the file's module holds plain ones."""
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if _torch.is_wrapper(value):
+            step = "write the source before they are quantised; trace(model, inputs) keeps them as they are"
+            raise ExportError(wrong(f"{name} of this model", f"a {type(value).__name__}", "a plain tensor", step))
 
 
 def _calls_the_same(written: Written, found: Exported, call: TracedCall) -> bool:

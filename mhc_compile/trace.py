@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,13 @@ from mhc_compile.passes.capture import Captured, ahead_of_time, graph_input, jus
 from mhc_compile.passes.rewrite import Analysis, analyze, rewrite
 from mhc_compile.record import Record
 from mhc_compile.sharding import refuse_sharded
+
+
+@contextmanager
+def with_gradients() -> Iterator[None]:
+    """Gradients on and inference mode off, whatever the caller's mode: for what looks at a step of training."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 @dataclass(frozen=True)
@@ -108,12 +117,12 @@ class TracedModel(nn.Module):
         self._slots: list[str | None] = []  # the attribute behind each graph input; None for a user input
         self._inputs: list[tuple[str, Any]] = []  # name of each user input, and what it was traced with
         for node, value in zip(graph.graph.find_nodes(op="placeholder"), arguments, strict=True):
-            record = graph_input(node)
-            if not isinstance(value, torch.Tensor) or record is None or (record.kind == "input" and not record.path):
+            held = graph_input(node)
+            if not isinstance(value, torch.Tensor) or held is None or (held.kind == "input" and not held.path):
                 self._slots.append(None)
                 self._inputs.append((node.name, _as_traced(node.meta.get("val", value))))
                 continue
-            name = record.path.replace(".", "/")
+            name = held.path.replace(".", "/")
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)
             else:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +30,7 @@ from mhc_compile.passes.op_kinds import aten
 from mhc_compile.passes.rewrite import Analysis, analyze
 from mhc_compile.record import Record
 from mhc_compile.sharding import refuse_sharded
-from mhc_compile.trace import rewritten, trace
+from mhc_compile.trace import rewritten, trace, with_gradients
 
 mhc = torch.ops.mhc
 _BACK_IN_PLACE = (aten.permute.default, aten.clone.default)  # what brings a read back to the axes it had
@@ -89,24 +90,36 @@ def verify(model: nn.Module, inputs: Any = None) -> Report:
     The model's weights, buffers, gradients and the random state are left as they were. Raises RewriteError when the
     model is not converted and CaptureError when it is not one graph.
     """
-    state = conversion(model)
+    conversion(model)
     refuse_sharded(model)
     args, kwargs = as_call(derive(model) if inputs is None else inputs)
+    with with_gradients():
+        return _verified(model, args, kwargs)
+
+
+def _verified(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:
+    state = conversion(model)
     captured = just_in_time(plain_forward(model), model, args, kwargs)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     checks: list[Check] = []
+    with _kept_buffers(model), torch.random.fork_rng(devices=[]):
+        checks += _at_one_stream(captured, state.record)
+        if state.record.config.n > 1:
+            checks += _at_step_zero(captured, state.record)
+            checks += _with_its_weights(model, args, kwargs)
+            checks.append(_other_door(model, args, kwargs))
+    return Report(type(model).__name__, checks)
+
+
+@contextmanager
+def _kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Put back what calls write into buffers: running statistics, the vectors of a spectral norm."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
-        with torch.random.fork_rng(devices=[]):
-            checks += _at_one_stream(captured, state.record)
-            if state.record.config.n > 1:
-                checks += _at_step_zero(captured, state.record)
-                checks += _with_its_weights(model, args, kwargs)
-                checks.append(_other_door(model, args, kwargs))
+        yield
     finally:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
-    return Report(type(model).__name__, checks)
 
 
 # ---------------------------------------------------------------------------------------------- checks
@@ -186,7 +199,8 @@ def _with_its_weights(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     op_by_op = state.compiled(model, "eager", level=1)
     with torch.no_grad(), _torch.compile_settings():
         torch.manual_seed(0)
-        expected = _floats(op_by_op(model, *args, **kwargs)[1])
+        with _kept_buffers(model):
+            expected = _floats(op_by_op(model, *args, **kwargs)[1])
         torch.manual_seed(0)
         found = _floats(model(*args, **kwargs))
     error = max((_difference(a, b) for a, b in zip(expected, found, strict=True)), default=0.0)
@@ -231,13 +245,12 @@ def _run(graph: fx.GraphModule, arguments: Sequence[Any]) -> _Result:
     torch.manual_seed(0)
     with torch.enable_grad():
         outputs = _floats(graph(*inputs))
-    weights = torch.Generator().manual_seed(1)
+    weights = torch.Generator("cpu").manual_seed(1)
     differentiable = [one for one in outputs if one.requires_grad]
     if not differentiable:
         return _Result(outputs, [])
-    loss = sum(
-        (one.double() * torch.randn(one.shape, generator=weights).to(one.device)).sum() for one in differentiable
-    )
+    made: dict[str, Any] = dict(generator=weights, dtype=torch.float32, device="cpu")  # whatever the caller's defaults
+    loss = sum((one.double() * torch.randn(one.shape, **made).to(one.device)).sum() for one in differentiable)
     own = [one for one, given in zip(inputs, arguments, strict=True) if _is_own(given)]
     return _Result([one.detach() for one in outputs], list(torch.autograd.grad(loss, own, allow_unused=True)))  # type: ignore[arg-type]
 

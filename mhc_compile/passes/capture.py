@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from mhc_compile import _torch
 from mhc_compile.errors import CaptureError, MHCError, wrong
 from mhc_compile.passes.misfit import misfit
+from mhc_compile.passes.op_kinds import packet_named
 from mhc_compile.passes.provenance import attribute_path, is_of_torch, is_ours, source_line
 
 _HOPS = torch.ops.higher_order
@@ -192,9 +194,18 @@ def normalize(gm: fx.GraphModule, examples: Sequence[Any]) -> fx.GraphModule:
         new.meta["mhc_input"] = old.meta.get("mhc_input") or _input_record(old, example)
         new._rename(old.name)
         new.target = new.name
+    _share_mode(traced, fake_mode)
     traced.graph.lint()
     traced.recompile()
     return traced
+
+
+def _share_mode(gm: fx.GraphModule, fake_mode: _torch.FakeTensorMode | None) -> None:
+    """Give constants (inductor's freezing makes such of parameters) a value in the fake mode of all others."""
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value = getattr(gm, str(node.target), None)
+        if fake_mode is not None and isinstance(value, torch.Tensor):
+            node.meta["val"] = fake_mode.from_tensor(value, static_shapes=True)
 
 
 def _input_record(node: fx.Node, example: object) -> GraphInput:
@@ -237,7 +248,33 @@ class _Inliner(fx.Interpreter):
             result = n.meta["example_value"] if "example_value" in n.meta else n.meta["val"]
             with torch.fx.traceback.set_current_meta(n):
                 return _torch.record_opaque(n.target, args, kwargs, result)
+        if n.op in ("call_function", "call_method"):
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            if _torch.is_autograd_function(n.target) or any(map(_torch.is_whole, pytree.tree_leaves((args, kwargs)))):
+                return self._kept_whole(n, args, kwargs)
+            if isinstance(n.target, FunctionType) and not n.target.__module__.startswith("torch."):
+                return self._looked_into(n, args, kwargs)
         return super().run_node(n)
+
+    def _looked_into(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The ops of a function that is marked `allow_in_graph`; itself where a backward of its own would be lost."""
+        graph = _torch.graph_recorded()
+        last = next(iter(reversed(graph.nodes)))
+        result = super().run_node(n)
+        if not _torch.has_own_backward(_tensors(result), _tensors((args, kwargs))):
+            return result
+        for node in [*reversed(graph.nodes)]:
+            if node is last:
+                break
+            graph.erase_node(node)
+        return self._kept_whole(n, args, kwargs)
+
+    def _kept_whole(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call whose meaning is not that of the ops it runs stays in the graph as it was captured."""
+        target = getattr(torch.Tensor, str(n.target)) if n.op == "call_method" else n.target
+        result = n.meta["example_value"] if "example_value" in n.meta else n.meta["val"]
+        with torch.fx.traceback.set_current_meta(n):
+            return _torch.record_opaque(target, args, kwargs, result, like=packet_named(target))
 
     def _inside_vmap(self, n: fx.Node) -> Any:
         """Ops on batched tensors have no form above vmap: they stay in the graph as Dynamo wrote them."""
@@ -270,7 +307,17 @@ class _Inliner(fx.Interpreter):
         if target is _HOPS.invoke_subgraph:
             body, _, *inputs = args
             return _Inliner(body).run(*inputs)
+        if kwargs.get("out") is not None:  # has no gradient: only legal where gradients are off, as they may be outside
+            args = pytree.tree_map_only(torch.Tensor, _without_gradient, args)
         return super().call_function(target, args, kwargs)
+
+
+def _without_gradient(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:

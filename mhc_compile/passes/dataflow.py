@@ -20,6 +20,7 @@ from mhc_compile.passes.op_kinds import (
     VIEWS,
     aten,
     is_float_tensor,
+    is_inner_tensor,
     is_local,
     is_mutating,
     packet,
@@ -161,10 +162,15 @@ def parameter_behind(node: object) -> str | None:
             return record.path if record.kind in ("parameter", "buffer") else None
         if node.op == "get_attr":
             return str(node.target)
-        if not any(packet(node) in kind for kind in (CASTS, COPIES, VIEWS, PERMUTES)):
+        if not _is_looked_through(node):
             return None
         node = node.args[0] if node.args else None
     return None
+
+
+def _is_looked_through(node: fx.Node) -> bool:
+    """The node is its first argument in another form."""
+    return is_inner_tensor(node) or any(packet(node) in kind for kind in (CASTS, COPIES, VIEWS, PERMUTES))
 
 
 def is_trainable(node: object) -> bool:
@@ -173,7 +179,7 @@ def is_trainable(node: object) -> bool:
         record = graph_input(node)
         if record is not None:
             return record.kind == "parameter"
-        if not any(packet(node) in kind for kind in (CASTS, COPIES, VIEWS, PERMUTES)):
+        if not _is_looked_through(node):
             return False
         node = node.args[0] if node.args else None
     return False

@@ -114,7 +114,7 @@ def partitioned(gm: fx.GraphModule, arguments: Sequence[Any]) -> list[Saved]:
 
     mode = _torch.FakeTensorMode(allow_non_fake_inputs=True)
     with suppress(_Partitioned):
-        aot_module_simplified(traced, _stand_ins(mode, arguments), fw_compiler=_never, partition_fn=partition)
+        aot_module_simplified(traced, _stand_ins(mode, arguments), fw_compiler=_inference, partition_fn=partition)
     found: dict[int, Saved] = {}
     for node in kept:
         value = node.meta.get("val")
@@ -130,11 +130,12 @@ _ORIGIN = "mhc_node"
 
 
 class _Partitioned(Exception):
-    """The partitioner has done its work, and nothing needs to be compiled."""
+    """All is known, and nothing needs to be compiled."""
 
 
-def _never(gm: fx.GraphModule, inputs: Any) -> Any:
-    raise AssertionError("no graph of this trace is compiled")
+def _inference(gm: fx.GraphModule, inputs: Any) -> Any:
+    """Nothing needs a gradient: there is no backward, and nothing is kept for one."""
+    raise _Partitioned
 
 
 def _outputs(gm: fx.GraphModule) -> list[fx.Node]:

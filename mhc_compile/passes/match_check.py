@@ -87,10 +87,13 @@ def _smaller(sizes: Sequence[int]) -> dict[int, int]:
     return table
 
 
+_VALUES: dict[str, Any] = dict(dtype=torch.float64, device="cpu")  # of what is drawn, whatever the caller's defaults
+
+
 def _compared(
     inputs: Sequence[fx.Node], olds: Sequence[fx.Node], news: Sequence[fx.Node], sizes: Mapping[int, int]
 ) -> str | None:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     symbols: dict[Any, int] = {}
 
     def size(value: Any) -> int:
@@ -109,13 +112,13 @@ def _compared(
         if not value.is_floating_point():
             return "an input is no float tensor"
         shape = [size(one) for one in value.shape]
-        given[node] = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        given[node] = torch.randn(shape, generator=generator, **_VALUES).requires_grad_()
     with torch.enable_grad():
         old, new = (_Run(given, sizes, size).of(nodes) for nodes in (olds, news))
     for one, other in zip(old, new, strict=True):
         if one.shape != other.shape or not _close(one, other):
             return "values differ"
-    seeds = [torch.randn(one.shape, generator=generator, dtype=torch.float64) for one in old]
+    seeds = [torch.randn(one.shape, generator=generator, **_VALUES) for one in old]
     leaves = list(given.values())
     before, after = (torch.autograd.grad(outs, leaves, seeds, allow_unused=True) for outs in (old, new))
     for one, other in zip(before, after, strict=True):

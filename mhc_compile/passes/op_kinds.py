@@ -57,9 +57,17 @@ REDUCTIONS = _packets("mean", "sum", "amax", "amin", "var", "std", "norm", "lina
 
 
 def packet(node: fx.Node) -> object:
-    """The overload packet of an ATen call (`aten.add` for `aten.add.Tensor`), or the target itself."""
+    """The overload packet of an ATen call (`aten.add` for `aten.add.Tensor`), or the target itself.
+
+    Of a torch function that stays whole, as an operand computes it by itself: the packet of its name.
+    """
     target = node.target
-    return target.overloadpacket if isinstance(target, _torch.OpOverload) else target
+    return target.overloadpacket if isinstance(target, _torch.OpOverload) else node.meta.get("mhc_like", target)
+
+
+def packet_named(function: object) -> object:
+    """The packet of ATen named like a function or method of torch (`F.linear`, `Tensor.matmul`); None without one."""
+    return getattr(aten, getattr(function, "__name__", ""), None)
 
 
 def is_elementwise(node: fx.Node) -> bool:
@@ -89,6 +97,12 @@ def is_mutating(node: fx.Node) -> bool:
     """Writes into one of its arguments."""
     target = node.target
     return isinstance(target, _torch.OpOverload) and target._schema.is_mutable
+
+
+def is_inner_tensor(node: fx.Node) -> bool:
+    """A tensor that a parameter wraps (the data, or a scale, of a quantised one), as torch.export reads it."""
+    target = node.target
+    return isinstance(target, _torch.OpOverload) and target._schema.name == "export::access_subclass_inner_tensor"
 
 
 def value_of(node: fx.Node) -> object:

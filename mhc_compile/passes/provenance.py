@@ -12,6 +12,7 @@ from torch import fx
 
 _PACKAGE = Path(__file__).parents[1]
 _TORCH = Path(torch.__file__).parent
+_DEVICE_MODE = str(_TORCH / "utils" / "_device.py")  # stands between a line and its op under a default device
 _FRAME = re.compile(
     r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)(?:\n(?!\s*File ")\s*(?P<code>[^\n]*))?'
 )
@@ -57,7 +58,8 @@ def attribute_path(source: str) -> str:
 
 def source_line(node: fx.Node) -> str:
     """`file.py:12: the code` of the innermost user frame that made the node; '' if the capture kept none."""
-    frames = [frame for frame in _FRAME.finditer(node.meta.get("stack_trace") or "") if not is_ours(frame["file"])]
+    every = _FRAME.finditer(node.meta.get("stack_trace") or "")
+    frames = [frame for frame in every if not is_ours(frame["file"]) and frame["file"] != _DEVICE_MODE]
     if not frames:
         return ""
     frame = frames[-1]

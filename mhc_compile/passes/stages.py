@@ -77,7 +77,12 @@ def bytes_of(node: fx.Node) -> int:
 
 
 def tensor_bytes(value: torch.Tensor) -> int:
-    """Bytes of a tensor of its shape, whatever it shares its storage with; sizes as they were captured."""
+    """Bytes of a tensor of its shape, whatever it shares its storage with; sizes as they were captured.
+
+    Of one that wraps others, as quantised weights do, what those take.
+    """
+    if _torch.is_wrapper(value):
+        return sum(map(tensor_bytes, _torch.inner_tensors(value)))
     count = value.element_size()
     for size in value.shape:
         count *= _torch.size_hint(size)
@@ -149,14 +154,19 @@ class Layout:
 
     @cached_property
     def dominators(self) -> list[fx.Node]:
-        """The computed values that every path from a parameter's first use to the output passes, in order."""
+        """The computed values that every path from a parameter's first use to the output passes, in order.
+
+        What is made of parameters alone and read in several places (a table of all layers) is no way round them: it is
+        sent beside.
+        """
         graph: nx.DiGraph[Any] = nx.DiGraph()
         output = self.nodes[-1]
         start = "start"
+        on_the_way = self.learned - self._tables()
         for node in self.nodes:
-            if node.op == "placeholder" or (node not in self.learned and node is not output):
+            if node.op == "placeholder" or (node not in on_the_way and node is not output):
                 continue
-            sources = [one for one in self.flow.sources[node] if one in self.learned and one.op != "placeholder"]
+            sources = [one for one in self.flow.sources[node] if one in on_the_way and one.op != "placeholder"]
             graph.add_edges_from((source, node) for source in sources)
             if not sources:
                 graph.add_edge(start, node)
@@ -170,6 +180,16 @@ class Layout:
                 found.append(node)
             node = above[node]
         return found[::-1]
+
+    def _tables(self) -> set[fx.Node]:
+        """What is computed from parameters and no input of a call, and read by several ops that have one."""
+        given = sum(1 << self.index[node] for node in self.nodes if node.op == "placeholder" and not is_state(node))
+        readers: dict[fx.Node, set[fx.Node]] = {}
+        for node in reversed(self.nodes):
+            of_parameters = node.op == "call_function" and node in self.learned
+            if of_parameters and not self.flow.ancestors[self.index[node]] & given:
+                readers[node] = set().union(*(readers.get(one, {one}) for one in self.flow.readers[node]))
+        return {node for node, found in readers.items() if len(found) > 1}
 
     def _forbidden(self) -> list[bool]:
         """For each place whether a site or a region is open there."""
