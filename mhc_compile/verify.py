@@ -249,7 +249,7 @@ def _run(graph: fx.GraphModule, arguments: Sequence[Any]) -> _Result:
     differentiable = [one for one in outputs if one.requires_grad]
     if not differentiable:
         return _Result(outputs, [])
-    made = dict(generator=weights, dtype=torch.float32, device="cpu")  # whatever the caller's defaults
+    made: dict[str, Any] = dict(generator=weights, dtype=torch.float32, device="cpu")  # whatever the caller's defaults
     loss = sum((one.double() * torch.randn(one.shape, **made).to(one.device)).sum() for one in differentiable)
     own = [one for one, given in zip(inputs, arguments, strict=True) if _is_own(given)]
     return _Result([one.detach() for one in outputs], list(torch.autograd.grad(loss, own, allow_unused=True)))  # type: ignore[arg-type]

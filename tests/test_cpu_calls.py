@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -269,7 +270,7 @@ def test_a_model_in_fragments_is_warned_of_once(site: str, count: int, monkeypat
         return gm.forward
 
     monkeypatch.setattr(torch._inductor, "compile", uncompiled)
-    monkeypatch.setattr(backend, "_with_mhc", set())
+    monkeypatch.setattr(backend, "_with_mhc", WeakSet())
     messages = warned(Broken(site))
     assert len(messages) == count and len(compiled) >= 4
     found = [node for gm in compiled for node in gm.graph.nodes if getattr(node.target, "namespace", "") == "mhc"]
@@ -279,7 +280,7 @@ def test_a_model_in_fragments_is_warned_of_once(site: str, count: int, monkeypat
 def test_a_fragment_that_is_compiled_again_is_not_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other fragments, with the sites, are known by then."""
     monkeypatch.setattr(torch._inductor, "compile", lambda gm, examples, options: gm.forward)
-    monkeypatch.setattr(backend, "_with_mhc", set())
+    monkeypatch.setattr(backend, "_with_mhc", WeakSet())
     model = Broken("first")
     assert warned(model) == []
     last = torch.compile(model, backend=backend.mhc)
