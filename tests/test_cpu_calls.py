@@ -289,3 +289,11 @@ def test_a_fragment_that_is_compiled_again_is_not_warned_of(monkeypatch: pytest.
         warnings.filterwarnings("error", message='backend="mhc" found 0')
         for size in (7, 9):
             last(torch.ones(3, 4, size))
+
+
+def test_what_is_remembered_is_the_model_and_not_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._inductor, "compile", lambda gm, examples, options: gm.forward)
+    monkeypatch.setattr(backend, "_with_mhc", WeakSet())
+    assert warned(Broken("first")) == []
+    torch._dynamo.reset()
+    assert len(warned(Broken("nowhere"))) == 1

@@ -252,6 +252,23 @@ def quantization_aware_training(_: Path) -> None:
         assert_same_function(plain, convert(change(net()), backend=backend))
 
 
+class _NormedAtTheEnd(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.last = nn.Linear(8, 8, bias=False), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.last(self.linear(self.norm(x)))
+
+
+@wrapping(WEIGHTS)
+def wrapped_after_the_conversion(_: Path) -> Exception:
+    model = convert(nn.Sequential(_NormedAtTheEnd(), _NormedAtTheEnd()))
+    for block in (model[0], model[1]):
+        nn.utils.parametrize.register_parametrization(block.linear, "weight", _FakeQuantized(), unsafe=True)
+    return refused(RewriteError, lambda: model(X))
+
+
 class _Marking(Block):
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.tanh(_Marked.apply(self.linear(self.norm(x))))
