@@ -222,9 +222,9 @@ def dynamo_source_name(placeholder: fx.Node) -> str:
 
 @dataclass(frozen=True)
 class Fragment:
-    """Where a graph of Dynamo is from: the function that torch.compile was given, and whether its call ends there."""
+    """Where a graph of Dynamo is from: the model or function that is compiled, and whether its call ends there."""
 
-    root: tuple[str, int, str] | None  # file, line and name: Dynamo replaces the code when the function goes on
+    root: object | None
     ends: bool
 
 
@@ -235,6 +235,7 @@ def fragment(gm: fx.GraphModule) -> Fragment:
     for frame, _ in traceback.walk_stack(None):
         path, name = frame.f_code.co_filename, frame.f_code.co_name
         if path == eval_frame.__file__ and name == "compile_wrapper":
+            given = frame.f_locals.get("fn")
             break
         if path == convert_frame.__file__:
             compiled = frame.f_locals.get("code", compiled)
@@ -244,10 +245,9 @@ def fragment(gm: fx.GraphModule) -> Fragment:
         return Fragment(None, True)
     if compiled is None:
         return Fragment(None, True)
-    root, *others = [*reversed(callers), compiled]
+    _, *others = [*reversed(callers), compiled]
     continues = all(code.co_name.startswith("torch_dynamo_resume_in_") for code in others)
-    place = (root.co_filename, root.co_firstlineno, root.co_name)
-    return Fragment(place, continues and not getattr(reason, "graph_break", False))
+    return Fragment(getattr(given, "__self__", given), continues and not getattr(reason, "graph_break", False))
 
 
 def fake_mode_of(values: Iterable[object]) -> FakeTensorMode | None:
@@ -340,7 +340,8 @@ def is_whole(value: object) -> bool:
     """
     if not is_wrapper(value):
         return False
-    function: Any = type(value).__torch_function__  # type: ignore[attr-defined]
+    kind: Any = type(value)
+    function = kind.__torch_function__
     default: Any = torch.Tensor.__torch_function__
     return function is not _disabled_torch_function_impl and (
         getattr(function, "__func__", None) is not default.__func__

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import fx
@@ -195,7 +196,7 @@ def _drop_anchor(graph: fx.GraphModule, anchor: fx.Node) -> None:
     graph.recompile()
 
 
-_with_mhc: set[tuple[str, int, str]] = set()  # functions that gave a graph with mHC
+_with_mhc: WeakSet[Any] = WeakSet()  # models and functions that gave a graph with mHC
 
 
 def mhc(gm: fx.GraphModule, example_inputs: list[Any], *, options: Any = None, mode: str | None = None) -> Any:

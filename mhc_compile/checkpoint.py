@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mhc_compile import hugging_face
-from mhc_compile.conversion import PENDING, attach, conversion, detach, is_converted
+from mhc_compile.conversion import PENDING, attach, conversion, detach, is_converted, refuse_prefix
 from mhc_compile.errors import ConfigError, RewriteError, wrong
 from mhc_compile.record import KEY, Record
 
@@ -56,6 +56,7 @@ def _read(checkpoint: object) -> dict[str, Any]:
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise ConfigError(wrong("checkpoint", _named(state), _LEGAL, "save model.state_dict()"))
     if KEY not in state:
+        refuse_prefix(state)
         inner = [key for key, value in state.items() if isinstance(value, Mapping) and KEY in value]
         found = f"with keys {', '.join(list(state)[:3])}, ... and without {KEY}"
         step = (

@@ -20,7 +20,7 @@ from mhc_compile.hyper_connection import HyperConnection
 from mhc_compile.parts import inside, is_inside, part_paths, record_of_part
 from mhc_compile.passes.history import PassRecord
 from mhc_compile.passes.recompute_choice import Recompute
-from mhc_compile.record import Record, SiteRecord
+from mhc_compile.record import KEY, Record, SiteRecord
 from mhc_compile.sharding import run_gathered
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -267,7 +267,10 @@ def conversion(model: nn.Module) -> Conversion:
         step = "call it once: a model without example_inputs is converted at its first call"
         raise RewriteError(wrong(type(model).__name__, "not converted yet", "a converted model", step))
     if not is_converted(model):
-        step = "call mhc_compile(model) first"
+        step = (
+            "call mhc_compile(model) first; a model that is mHC already stays as it is: torch.compile(model, "
+            'backend="mhc") makes it fast, and explain(model, inputs) shows its sites'
+        )
         raise RewriteError(wrong(type(model).__name__, "not converted", "a converted model", step))
     found: Conversion = model.__dict__[STATE]
     return found
@@ -370,8 +373,7 @@ def converted_class(original: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(original.load_state_dict)
     def load(self: nn.Module, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        if strict:
-            _refuse_plain_state(self.__dict__[STATE].record, state_dict)
+        _refuse_other_state(self.__dict__[STATE].record, state_dict, strict)
         return original.load_state_dict(self, state_dict, strict, assign)
 
     body: dict[str, Any] = {"forward": forward, "_load_from_state_dict": load_from, "load_state_dict": load}
@@ -380,10 +382,12 @@ def converted_class(original: type[nn.Module]) -> type[nn.Module]:
     return subclass(original, body, rebuilt)
 
 
-def _refuse_plain_state(record: Record, state: Mapping[str, Any]) -> None:
+def _refuse_other_state(record: Record, state: Mapping[str, Any], strict: bool) -> None:
     if not isinstance(state, Mapping):
         raise ConfigError(wrong("the state", f"a {type(state).__name__}", "a state_dict", "pass model.state_dict()"))
-    if record.sites and not any(str(key).startswith(f"{TREE}.") for key in state):
+    if record.sites and KEY not in state:
+        refuse_prefix(state)
+    if strict and record.sites and not any(str(key).startswith(f"{TREE}.") for key in state):
         raise ConfigError(
             wrong(
                 "the state",
@@ -392,6 +396,15 @@ def _refuse_plain_state(record: Record, state: Mapping[str, Any]) -> None:
                 "load it before the conversion, or with strict=False to keep the mHC weights of the model",
             )
         )
+
+
+def refuse_prefix(state: Mapping[str, Any]) -> None:
+    """Raise ConfigError for the state of what wraps a converted model (DDP, torch.compile, a Lightning module)."""
+    prefix = next((str(key).removesuffix(KEY) for key in state if str(key).endswith(f".{KEY}")), "")
+    if prefix:
+        legal = f"the keys of the model itself, {TREE}.* among them"
+        step = f"pass {{key.removeprefix({prefix!r}): value for key, value in state.items()}}"
+        raise ConfigError(wrong("the state", f"one whose keys begin with {prefix!r}", legal, step))
 
 
 def like(original: Callable[..., Any]) -> Callable[[_Function], _Function]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -24,6 +27,7 @@ from mhc_compile.conversion import (
 )
 from mhc_compile.errors import CaptureError, ConfigError, RewriteError, wrong
 from mhc_compile.example_inputs import as_call, derivable, derive
+from mhc_compile.hyper_connection import HyperConnection
 from mhc_compile.passes.capture import just_in_time
 from mhc_compile.passes.history import PassRecord
 from mhc_compile.passes.op_kinds import aten
@@ -295,7 +299,10 @@ def history(model: nn.Module) -> list[PassRecord]:
 def param_groups(model: nn.Module, *, weight_decay: float = 0.01) -> list[dict[str, Any]]:
     """Optimizer groups: matrices with weight decay, mHC parameters and vectors (norms, biases) without.
 
-    Parameters that do not require grad are left out. Raises ConfigError for a negative weight_decay.
+    The groups are named "decay", "no_decay" and "mhc", so that other optimizers (Muon) can be given some of them.
+    Parameters that do not require grad are left out. Of a model that is mHC already the parameters of its sites are
+    not known as such: warns where its modules are called HyperConnection or HyperHead. Raises ConfigError for a
+    negative weight_decay.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(wrong("model", f"a {type(model).__name__}", "a torch.nn.Module", "pass the model itself"))
@@ -304,9 +311,10 @@ def param_groups(model: nn.Module, *, weight_decay: float = 0.01) -> list[dict[s
     own = {
         id(parameter)
         for module in model.modules()
-        if is_converted(module)
-        for parameter in module.get_submodule(TREE).parameters()
+        if is_converted(module) or isinstance(module, HyperConnection)
+        for parameter in (module.get_submodule(TREE) if is_converted(module) else module).parameters()
     }
+    _warn_of_foreign_sites(model, own)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: Iterable[tuple[str, float, list[nn.Parameter]]] = (
         ("decay", weight_decay, [p for p in trained if id(p) not in own and p.dim() >= 2]),
@@ -314,3 +322,28 @@ def param_groups(model: nn.Module, *, weight_decay: float = 0.01) -> list[dict[s
         ("mhc", 0.0, [p for p in trained if id(p) in own]),
     )
     return [{"name": name, "params": params, "weight_decay": decay} for name, decay, params in groups if params]
+
+
+_FOREIGN_SITE = re.compile(r"hyper_?(connection|head)", re.IGNORECASE)
+
+
+def _warn_of_foreign_sites(model: nn.Module, own: AbstractSet[int]) -> None:
+    """Warn of matrices that by the name of their module mix the streams of a model that is mHC already."""
+    found = [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if _FOREIGN_SITE.search(type(module).__name__)
+        for name, parameter in module.named_parameters()
+        if id(parameter) not in own and parameter.requires_grad and parameter.dim() >= 2
+    ]
+    if found:
+        names = ", ".join(found[:2]) + (f" and {len(found) - 2} more" if len(found) > 2 else "")
+        warnings.warn(
+            wrong(
+                f"param_groups of this {type(model).__name__}",
+                f"one that decays {names}, which seem to be sites of a model that is mHC already",
+                "a model whose sites mhc_compile made, which go into a group without decay",
+                "move these parameters into a group of their own with weight_decay=0",
+            ),
+            stacklevel=3,
+        )

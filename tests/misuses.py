@@ -1083,6 +1083,12 @@ def a_plain_state_into_a_converted_model(_: Path) -> Situation:
     return using(called(), lambda model: model.load_state_dict(plain))
 
 
+@misuse(CHECKPOINTS, ConfigError, "begin with 'module.'", "the keys of the model itself", "removeprefix('module.')")
+def a_state_with_a_prefix(_: Path) -> Situation:
+    wrapped = {f"module.{key}": value for key, value in called().state_dict().items()}
+    return using(called(), lambda model: model.load_state_dict(wrapped, strict=False))
+
+
 @misuse(CHECKPOINTS, ConfigError, "the state is a list", "a state_dict", "pass model.state_dict()")
 def a_state_of_a_wrong_type(_: Path) -> Situation:
     return using(called(), lambda model: model.load_state_dict([1]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -270,7 +271,7 @@ def test_a_model_in_fragments_is_warned_of_once(site: str, count: int, monkeypat
         return gm.forward
 
     monkeypatch.setattr(torch._inductor, "compile", uncompiled)
-    monkeypatch.setattr(backend, "_with_mhc", set())
+    monkeypatch.setattr(backend, "_with_mhc", WeakSet())
     messages = warned(Broken(site))
     assert len(messages) == count and len(compiled) >= 4
     found = [node for gm in compiled for node in gm.graph.nodes if getattr(node.target, "namespace", "") == "mhc"]
@@ -280,7 +281,7 @@ def test_a_model_in_fragments_is_warned_of_once(site: str, count: int, monkeypat
 def test_a_fragment_that_is_compiled_again_is_not_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other fragments, with the sites, are known by then."""
     monkeypatch.setattr(torch._inductor, "compile", lambda gm, examples, options: gm.forward)
-    monkeypatch.setattr(backend, "_with_mhc", set())
+    monkeypatch.setattr(backend, "_with_mhc", WeakSet())
     model = Broken("first")
     assert warned(model) == []
     last = torch.compile(model, backend=backend.mhc)
@@ -289,3 +290,11 @@ def test_a_fragment_that_is_compiled_again_is_not_warned_of(monkeypatch: pytest.
         warnings.filterwarnings("error", message='backend="mhc" found 0')
         for size in (7, 9):
             last(torch.ones(3, 4, size))
+
+
+def test_what_is_remembered_is_the_model_and_not_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._inductor, "compile", lambda gm, examples, options: gm.forward)
+    monkeypatch.setattr(backend, "_with_mhc", WeakSet())
+    assert warned(Broken("first")) == []
+    torch._dynamo.reset()
+    assert len(warned(Broken("nowhere"))) == 1

@@ -461,3 +461,37 @@ def test_the_loss_is_a_legal_end() -> None:
     plan = partition(known.model, inputs, stages=2, microbatches=2)
     assert isinstance(known.model(**inputs).loss, Tensor)
     assert [len(plan.sites_of(stage)) for stage in plan.stages] == [3, 3]
+
+
+class _Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        return x + torch.tanh(self.linear(x) * table)
+
+
+class _WithATable(nn.Module):
+    """All layers read one table, which is made of parameters alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.made, self.rows = nn.Linear(8, 8), nn.Linear(8, 8), nn.Parameter(torch.ones(1, 8))
+        self.layers = nn.ModuleList(_Scaled() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        table, x = torch.sigmoid(self.made(self.rows)), self.enter(x)
+        for layer in self.layers:
+            x = layer(x, table)
+        return x.sum(-1)
+
+
+def test_a_table_that_all_layers_read_takes_no_cuts_away() -> None:
+    x = torch.randn(2, 8)
+    found = []
+    for n in (1, 4):
+        costs = cost_model(mhc_compile(_WithATable(), n, backend="eager", example_inputs=x), x)
+        found.append(len(costs.cuts))
+        assert all(len(cut.skips) == 1 for cut in costs.cuts)  # the table is sent beside
+    assert found == [3, 3]

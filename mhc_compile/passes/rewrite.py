@@ -106,6 +106,13 @@ def keep_sites(analysis: Analysis, recorded: Mapping[str, tuple[int, int]]) -> N
     if found == dict(recorded):
         return
     missing, extra = sorted(recorded.keys() - found.keys()), sorted(found.keys() - recorded.keys())
+    if missing and sorted(found.values()) == sorted(recorded.values()):
+        raise RewriteError(
+            "this call runs other residual adds than the one the model was converted with, or the same under other "
+            f"names: it has no site {', '.join(missing[:4])} and has also {', '.join(extra[:4])}. A site is named "
+            "after the weights that its branch reads: what wraps weights (fake quantisation, a parametrisation) has to "
+            "come before the conversion. Convert with example_inputs that run the same layers"
+        )
     other = [
         f"site {name} with {found[name][0]} features, {found[name][1]} times, not {recorded[name][0]} features, "
         f"{recorded[name][1]} times"

@@ -186,8 +186,8 @@ class Layout:
         given = sum(1 << self.index[node] for node in self.nodes if node.op == "placeholder" and not is_state(node))
         readers: dict[fx.Node, set[fx.Node]] = {}
         for node in reversed(self.nodes):
-            of_parameters = node.op == "call_function" and node in self.learned
-            if of_parameters and not self.flow.ancestors[self.index[node]] & given:
+            of_parameters = node in self.learned and not self.flow.ancestors[self.index[node]] & given
+            if of_parameters and node.op == "call_function":
                 readers[node] = set().union(*(readers.get(one, {one}) for one in self.flow.readers[node]))
         return {node for node, found in readers.items() if len(found) > 1}
 
