@@ -32,7 +32,7 @@ from mhc_compile.passes.schedules import Schedule
 from mhc_compile.passes.stages import Cut, Layout
 from mhc_compile.sharding import is_distributed
 from mhc_compile.site_choice import Choice, chosen
-from mhc_compile.trace import TracedModel, trace
+from mhc_compile.trace import TracedModel, as_module, exported
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -162,7 +162,13 @@ def _cut(
         raise ConfigError(wrong("tied", repr(tied), "'refuse' or 'reduce'", "'reduce' sums the gradients"))
     _check_plan(plan, known)
     args, kwargs = as_call(derive(model, cached=False) if inputs is None else inputs)
-    traced = trace(model, inputs)
+    seen = exported(model, inputs)
+    if seen.backwards:
+        what = f"trained through {', '.join(seen.backwards)}, whose own backward torch.export leaves out"
+        legal = "a model whose gradients are those of its ops"
+        step = "train it without stages, or write that function in differentiable ops"
+        raise PartitionError(wrong(type(model).__name__, what, legal, step))
+    traced = as_module(model, seen)
     whole = _whole(known, model, traced, args, kwargs)
     blocks = tuple(plan.blocks)
     if blocks:

@@ -16,7 +16,7 @@ from mhc_compile.codegen.source import TracedCall, Written, state_of, write
 from mhc_compile.codegen.source_check import module_of, same_graph
 from mhc_compile.conversion import conversion
 from mhc_compile.errors import ConfigError, ExportError, wrong
-from mhc_compile.trace import Exported, exported
+from mhc_compile.trace import Exported, exported, warn_of_backwards
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def source(model: nn.Module, inputs: Any = None, *, dynamic_shapes: Any = None) 
     state = conversion(model)
     _refuse_wrapped(model)
     found = exported(model, inputs, dynamic_shapes)
+    warn_of_backwards(model, found)
     config = state.record.config
     call = TracedCall(
         state.original.__name__,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class Exported:
     """What torch.export and the rewrite give for one call of a converted model.
 
     output: the structure of what the model gives; names: of the positional parameters of its forward; args, kwargs: the
-    call.
+    call. backwards: the `autograd.Function`s whose own backward torch.export has left out.
     """
 
     rewritten: Rewritten
@@ -62,6 +63,17 @@ class Exported:
     names: tuple[str, ...]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    backwards: tuple[str, ...] = ()
+
+
+def warn_of_backwards(model: nn.Module, found: Exported) -> None:
+    """Warn that what was exported has other gradients than the model, where functions have a backward of their own."""
+    if found.backwards:
+        name = type(model).__name__
+        what = f"with the backward of {', '.join(found.backwards)}, which torch.export leaves out"
+        legal = "outputs of the trace as they are, and gradients of the ops of that forward"
+        step = f"train the converted {name} itself, whose gradients are its own"
+        warnings.warn(wrong(f"the trace of {name}", what, legal, step), stacklevel=3)
 
 
 def exported(model: nn.Module, inputs: Any = None, dynamic_shapes: Any = None) -> Exported:
@@ -76,7 +88,7 @@ def exported(model: nn.Module, inputs: Any = None, dynamic_shapes: Any = None) -
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(plain.forward).parameters.values()
     names = tuple(parameter.name for parameter in parameters if parameter.kind in positional)
-    return Exported(rewrite_captured(model, captured), output, names, tuple(args), dict(kwargs))
+    return Exported(rewrite_captured(model, captured), output, names, tuple(args), dict(kwargs), captured.backwards)
 
 
 def rewrite_captured(model: nn.Module, captured: Captured) -> Rewritten:
@@ -194,9 +206,16 @@ def trace(model: nn.Module, inputs: Any = None, *, dynamic_shapes: Any = None) -
     """The converted model as one rewritten graph, through torch.export: the door for exporting and planning.
 
     inputs, dynamic_shapes: as for `mhc_compile` and `torch.export.export`. Raises CaptureError when torch.export
-    refuses the model, RewriteError when the model is not converted.
+    refuses the model, RewriteError when the model is not converted. Warns of an `autograd.Function`, whose own backward
+    torch.export leaves out.
     """
     found = exported(model, inputs, dynamic_shapes)
+    warn_of_backwards(model, found)
+    return as_module(model, found)
+
+
+def as_module(model: nn.Module, found: Exported) -> TracedModel:
+    """Return what was exported of a converted model as a module."""
     call = found.args, found.kwargs
     record = conversion(model).record
     return TracedModel(found.rewritten.graph, found.rewritten.arguments, found.output, found.names, call, record)

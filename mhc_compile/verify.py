@@ -30,7 +30,7 @@ from mhc_compile.passes.op_kinds import aten
 from mhc_compile.passes.rewrite import Analysis, analyze
 from mhc_compile.record import Record
 from mhc_compile.sharding import refuse_sharded
-from mhc_compile.trace import rewritten, trace, with_gradients
+from mhc_compile.trace import exported, rewritten, with_gradients
 
 mhc = torch.ops.mhc
 _BACK_IN_PLACE = (aten.permute.default, aten.clone.default)  # what brings a read back to the axes it had
@@ -210,7 +210,7 @@ def _with_its_weights(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 def _other_door(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Check:
     name = "torch.export: same sites"
     try:
-        trace(model, kwargs if kwargs and not args else args)
+        exported(model, kwargs if kwargs and not args else args)
     except CaptureError as error:
         return Check(name, "not run", textwrap.shorten(str(error).splitlines()[0], 120))
     except MHCError as error:

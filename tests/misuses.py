@@ -59,6 +59,7 @@ from mhc_compile import (
     scale_updates,
     set_iterations,
     source,
+    stage_modules,
     trace,
     verify,
 )
@@ -1608,6 +1609,37 @@ def chosen(self: Any, x: Tensor) -> Tensor:
 def sizes_that_depend_on_data(_: Path) -> Situation:
     model = mhc_compile(own(chosen), 2, backend="eager", example_inputs=X)
     return using(model, lambda model: cost_model(model, X))
+
+
+class Rounded(torch.autograd.Function):
+    """With a gradient that its forward does not have."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0]
+
+
+class Rounding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x)
+        return x + Rounded.apply(self.second(x))  # type: ignore[no-any-return]
+
+
+@misuse(
+    STAGES, PartitionError, "trained through misuses.Rounded, whose own backward", "those of its ops", "without stages"
+)
+def stages_without_a_backward(_: Path) -> Situation:
+    model = mhc_compile(Rounding(), 2, backend="eager", example_inputs=X)
+    plan = partition(model, X, stages=2, devices=1, microbatches=2)
+    return using(model, lambda model: stage_modules(plan, model, X))
 
 
 @misuse(STAGES, ConfigError, "the version of the plan is 99", "1 to 1", "make the plan again")

@@ -294,6 +294,10 @@ def own_backwards(_: Path) -> None:
         for backend in ("eager", "aot_eager"):
             assert_same_function(plain, convert(copy.deepcopy(plain), 1, backend), exact=True)
             assert_same_function(plain, convert(copy.deepcopy(plain), backend=backend))
+        model = convert(copy.deepcopy(plain))
+        for written in (trace, source):
+            with pytest.warns(UserWarning, match="the backward of wrappings._(Marked|Rounded), which torch.export"):
+                written(model, X)
 
 
 _PARAMETRIZED: list[Callable[[nn.Module], nn.Module]] = [

@@ -11,10 +11,11 @@ nodes; in-place ops are the business of `canonicalize`.
 from __future__ import annotations
 
 import re
+import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
 
@@ -48,10 +49,14 @@ class GraphInput:
 
 @dataclass(frozen=True)
 class Captured:
-    """A model's graph and the flat arguments of the call that was captured, in the order of its placeholders."""
+    """A model's graph and the flat arguments of the call that was captured, in the order of its placeholders.
+
+    backwards: names of the `autograd.Function`s whose forward stands in the graph op by op, without their backward.
+    """
 
     graph: fx.GraphModule
     arguments: tuple[Any, ...]
+    backwards: tuple[str, ...] = ()
 
 
 def graph_input(node: fx.Node) -> GraphInput | None:
@@ -115,8 +120,38 @@ def ahead_of_time(
 
     Also gives the structure of the model's output. Raises CaptureError when torch.export refuses the model.
     """
-    program = exported(model, args, kwargs, dynamic_shapes)
-    return captured_from(program, args, kwargs), program.call_spec.out_spec
+    with _noting_backwards() as backwards:
+        program = exported(model, args, kwargs, dynamic_shapes)
+    captured = captured_from(program, args, kwargs)
+    return replace(captured, backwards=tuple(dict.fromkeys(backwards))), program.call_spec.out_spec
+
+
+_patched = threading.RLock()
+
+
+@contextmanager
+def _noting_backwards() -> Iterator[list[str]]:
+    """The names of the functions with a backward of their own that run meanwhile, between tensors that take gradients.
+
+    torch.export puts what their forward computes into the graph, and nothing there tells that there was a backward.
+    torch's own (of its reentrant checkpoints) only compute the gradients of their forward in another way.
+    """
+    found: list[str] = []
+    apply = torch.autograd.Function.__dict__["apply"]
+
+    def noting(kind: type[Any], *args: Any, **kwargs: Any) -> Any:
+        output = apply.__func__(kind, *args, **kwargs)
+        trained = any(isinstance(one, torch.Tensor) and one.requires_grad for one in (*args, *kwargs.values()))
+        if trained and kind.__module__.split(".")[0] != "torch":
+            found.append(f"{kind.__module__}.{kind.__qualname__}")
+        return output
+
+    with _patched:
+        setattr(torch.autograd.Function, "apply", classmethod(noting))  # noqa: B010 - mypy refuses the assignment
+        try:
+            yield found
+        finally:
+            setattr(torch.autograd.Function, "apply", apply)  # noqa: B010
 
 
 def exported(
