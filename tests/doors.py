@@ -246,7 +246,7 @@ def uncovered() -> list[str]:
 
 @dataclass(frozen=True)
 class Refusal:
-    """What does not go together, and why. door: the first word of its name. words: the message, without its line.
+    """What does not go together, and why. door: the first word of its name. words: the message, see `said`.
 
     why: the limit, of torch, of ONNX or of the mathematics, that the words name.
     """
@@ -268,6 +268,7 @@ def _first_op_without_onnx(form: Form) -> str | None:
     return "constrain" if any(one.mix and one.constraint != "sinkhorn" for one in sites) else None
 
 
+_ONE_STREAM = "one stream is the plain add, and its state that of the plain model: there is nothing to convert by"
 REFUSALS: list[Refusal] = [
     *(
         Refusal(
@@ -279,7 +280,27 @@ REFUSALS: list[Refusal] = [
         )
         for op in ("gates", "constrain")
     ),
+    Refusal(
+        "load",
+        lambda form: form.config.n == 1,
+        "checkpoint is with keys ... and without mhc._extra_state; legal: the state_dict of a converted model. "
+        "Next: load weights of a plain model before the call of mhc_compile",
+        _ONE_STREAM,
+    ),
+    Refusal(
+        "save_pretrained",
+        lambda form: form.config.n == 1,
+        "config.json is that of a plain model; legal: one that a converted model saved. "
+        "Next: load a plain model with from_pretrained, then call mhc_compile",
+        _ONE_STREAM,
+    ),
 ]
+
+
+def said(error: package.MHCError) -> str:
+    """The words of an error, without its source line, the folder and the names that belong to one model."""
+    words = str(error).partition("\n  at ")[0]
+    return re.sub(r"(?<=with keys ).*?(?=\.\.\. and)", "", re.sub(r"\S*/(?=config\.json)", "", words))
 
 
 def refusal(form: Form, door: str) -> str | None:
@@ -312,7 +333,7 @@ def outcome(form: Form, name: str) -> Outcome:
     try:
         actual = door.run(case)
     except package.MHCError as error:
-        words = str(error).partition("\n  at ")[0]
+        words = said(error)
         return Outcome("refused" if words == expected else "wrong", words=words)
     if expected is not None:
         return Outcome("wrong", words=f"taken, where a refusal is expected: {expected}")
