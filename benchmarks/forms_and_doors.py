@@ -1,6 +1,6 @@
 """Every form of a conversion through every door, and every two forms that go together; each against level 1 in eager.
 
-    python benchmarks/forms_and_doors.py [--pairs] [--doors eager/trace] [--forms sinkhorn/lite] [--minutes 60]
+    python benchmarks/forms_and_doors.py [--pairs] [--resume] [--doors eager/trace] [--minutes 60]
 
 The tables are those of tests/forms.py and tests/doors.py. Prints progress, writes results/forms_and_doors.json (what
 was run, what was left out for want of time, refusals with their words, the largest errors), and exits with 1 if a
@@ -57,22 +57,44 @@ def processor() -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
-def summary(done: dict[str, dict[str, doors.Outcome]], left: int, seconds: float) -> dict[str, Any]:
+def kept(file: Path) -> dict[str, dict[str, doors.Outcome]]:
+    """What an earlier run wrote, without what was wrong."""
+    found = json.loads(file.read_text())
+    words = {(form, door): text for form, door, text in found["refusals"]}
+    rows = found["every product: status, error of outputs, of gradients"]
+    return {
+        form: {
+            door: doors.Outcome(*one, words=words.get((form, door), ""))
+            for door, one in row.items()
+            if one[0] != "wrong"
+        }
+        for form, row in rows.items()
+    }
+
+
+def summary(done: dict[str, dict[str, doors.Outcome]], chosen: dict[str, forms.Form], seconds: float) -> dict[str, Any]:
     """What is written."""
     every = [(form, door, one) for form, row in done.items() for door, one in row.items()]
+    whole = [(form, door) for form in chosen for door in doors.DOORS if doors.fitting(chosen[form], door)]
+    left = [door for form, door in whole if door not in done.get(form, {})]
     equal = [one for _, _, one in every if one.status == "equal"]
     return {
         "machine": processor(),
         "versions": packages(),
         "threads": torch.get_num_threads(),
-        "seconds": round(seconds),
-        "products": {**Counter(one.status for _, _, one in every), "left out for want of time": left},
+        "seconds of the last run": round(seconds),
+        "products": {**Counter(one.status for _, _, one in every), "not run": len(left)},
+        "not run, by door": dict(Counter(left)),
         "forms": sorted({form for form, _, _ in every}),
         "doors": dict(Counter(door for _, door, _ in every)),
         "largest error of an output": max((one.outputs for one in equal), default=0.0),
         "largest error of a gradient": max((one.gradients for one in equal), default=0.0),
         "refusals": [[form, door, one.words] for form, door, one in every if one.status == "refused"],
-        "wrong": [[form, door, vars(one)] for form, door, one in every if one.status == "wrong"],
+        "wrong": [[form, door, one.words] for form, door, one in every if one.status == "wrong"],
+        "every product: status, error of outputs, of gradients": {
+            form: {door: [one.status, one.outputs, one.gradients] for door, one in row.items()}
+            for form, row in done.items()
+        },
     }
 
 
@@ -82,6 +104,7 @@ def main() -> int:
     parser.add_argument("--forms", default="", help="names with slashes between; by default all")
     parser.add_argument("--doors", default="", help="names with slashes between; by default all")
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after so many")
+    parser.add_argument("--resume", action="store_true", help="keep what is in the file and was not wrong")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "forms_and_doors.json")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -89,7 +112,8 @@ def main() -> int:
     names = options.forms.split("/") if options.forms else list(chosen)
     through = options.doors.split("/") if options.doors else list(doors.DOORS)
     todo = [(name, door) for name in names for door in through if doors.fitting(chosen[name], door)]
-    done: dict[str, dict[str, doors.Outcome]] = {}
+    done = kept(options.out) if options.resume else {}
+    todo = [(name, door) for name, door in todo if door not in done.get(name, {})]
     start = time.perf_counter()
     for place, (name, door) in enumerate(todo):
         seconds = time.perf_counter() - start
@@ -99,8 +123,7 @@ def main() -> int:
         done.setdefault(name, {})[door] = one
         print(f"{place + 1}/{len(todo)} {seconds:.0f} s {name} | {door}: {one.status} {one.outputs:.1e} "
               f"{one.gradients:.1e} {one.words if one.status == 'wrong' else ''}", flush=True)  # fmt: skip
-        left = len(todo) - place - 1
-        options.out.write_text(json.dumps(summary(done, left, time.perf_counter() - start), indent=1) + "\n")
+        options.out.write_text(json.dumps(summary(done, chosen, time.perf_counter() - start), indent=1) + "\n")
     return int(any(one.status == "wrong" for row in done.values() for one in row.values()))
 
 

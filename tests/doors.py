@@ -110,6 +110,10 @@ def written_and_fused(case: Case) -> Result:
     return case.of(module, torch.compile(module, backend="mhc" if case.form.config.n > 1 else "inductor"))
 
 
+class NotRun(package.MHCError):
+    """What runs a file has no implementation of one of its ops."""
+
+
 def onnx(case: Case) -> Result:
     """The ONNX file in onnxruntime; outputs alone."""
     import onnxruntime
@@ -119,7 +123,10 @@ def onnx(case: Case) -> Result:
         export_onnx(case.model, case.x, path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
-        session = onnxruntime.InferenceSession(str(path), options)
+        try:
+            session = onnxruntime.InferenceSession(str(path), options)
+        except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented as error:
+            raise NotRun(str(error)) from error
         outputs = session.run(None, {session.get_inputs()[0].name: case.x.numpy()})
     return Result([torch.as_tensor(one) for one in outputs], {})
 
@@ -281,6 +288,12 @@ REFUSALS: list[Refusal] = [
         for op in ("gates", "constrain")
     ),
     Refusal(
+        "onnx",
+        lambda form: form.dtype == torch.bfloat16,
+        "[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : Could not find an implementation for MatMul(13)",
+        "onnxruntime multiplies no bfloat16 matrices on a CPU",
+    ),
+    Refusal(
         "load",
         lambda form: form.config.n == 1,
         "checkpoint is with keys ... and without mhc._extra_state; legal: the state_dict of a converted model. "
@@ -300,7 +313,9 @@ REFUSALS: list[Refusal] = [
 def said(error: package.MHCError) -> str:
     """The words of an error, without its source line, the folder and the names that belong to one model."""
     words = str(error).partition("\n  at ")[0]
-    return re.sub(r"(?<=with keys ).*?(?=\.\.\. and)", "", re.sub(r"\S*/(?=config\.json)", "", words))
+    for names in (r"(?<=with keys ).*?(?=\.\.\. and)", r"\S*/(?=config\.json)", r" node with name '\w+'$"):
+        words = re.sub(names, "", words)
+    return words
 
 
 def refusal(form: Form, door: str) -> str | None:
