@@ -129,12 +129,12 @@ class TracedModel(nn.Module):
         self._slots: list[str | None] = []  # the attribute behind each graph input; None for a user input
         self._inputs: list[tuple[str, Any]] = []  # name of each user input, and what it was traced with
         for node, value in zip(graph.graph.find_nodes(op="placeholder"), arguments, strict=True):
-            held = graph_input(node)
-            if not isinstance(value, torch.Tensor) or held is None or (held.kind == "input" and not held.path):
+            place = graph_input(node)
+            if not isinstance(value, torch.Tensor) or place is None or (place.kind == "input" and not place.path):
                 self._slots.append(None)
                 self._inputs.append((node.name, _as_traced(node.meta.get("val", value))))
                 continue
-            name = held.path.replace(".", "/")
+            name = place.path.replace(".", "/")
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)
             else:

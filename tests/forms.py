@@ -47,6 +47,15 @@ class Plain(nn.Module):
         return y
 
 
+def pretrained() -> nn.Module:
+    """A GPT-2 of one layer, which is saved and loaded as models of transformers are; its inputs are token ids."""
+    from transformers import GPT2Config, GPT2Model
+
+    shape = dict(vocab_size=9, n_positions=TOKENS, n_embd=WIDTH, n_layer=1, n_head=2)
+    ways = dict(bos_token_id=1, eos_token_id=2, use_cache=False, attn_implementation="eager")
+    return GPT2Model(GPT2Config(**shape, **ways))
+
+
 class Shared(nn.Module):
     """One block that is applied twice: four sites, or two that are applied twice."""
 
@@ -58,7 +67,7 @@ class Shared(nn.Module):
         return self.block(self.block(x))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Form:
     """Options of a conversion, the model and the dtype of its streams, and constraints of single sites.
 
@@ -82,7 +91,9 @@ class Form:
         return self.model().to(self.dtype).eval()
 
     def inputs(self) -> Tensor:
-        """[2, tokens, width]."""
+        """[2, tokens, width], or token ids [2, tokens]."""
+        if self.model is pretrained:
+            return torch.arange(2 * TOKENS).reshape(2, TOKENS)
         generator = torch.Generator().manual_seed(5)
         return torch.randn(2, TOKENS, WIDTH, generator=generator, dtype=torch.float64).to(self.dtype)
 
@@ -134,7 +145,7 @@ FORMS: dict[str, Form] = {
     "implicit gradient": Form("implicit_gradient", {"implicit_gradient": True}),
     "paper": Form("init", {"init": "paper"}),
     "deepseek_v4": Form("init", {"init": "deepseek_v4"}),
-    "some sites": Form("site_constraints", site_constraints={"blocks.0*": "lite", "*.mlp": "orthogonal"}),
+    "some sites": Form("site_constraints", site_constraints={"*.0": "lite", "*.mlp": "orthogonal"}),
     "float32": Form("dtype", dtype=torch.float32),
     "bfloat16": Form("dtype", dtype=torch.bfloat16),
 }

@@ -319,6 +319,20 @@ def test_weights_must_be_of_the_same_conversion(tmp_path: Path) -> None:
         written.save(tmp_path / "written.txt")
 
 
+def test_the_ops_of_other_forms_read_like_those_of_sinkhorn() -> None:
+    """Static sites have no phi; what takes coefficients away, and other constraints, have functions of their own."""
+    inputs = (torch.randn(2, 3, 8),)
+    some = {"site_constraints": {"first": "lite"}}
+    for options in ({"dynamic": False}, {"constraint": "lite", "fixed": ("pre",)}, some):
+        model = mhc_compile(Block().eval(), 4, backend="eager", example_inputs=inputs, **options)
+        code = source(model, inputs).code
+        assert "torch.ops." not in code and "manifold_ops.gates(" in code
+        assert {line.split("(")[0].strip() for line in code.splitlines() if "# site" in line} == {
+            f"# site {name}{part}" for name in ("first", "second")
+            for part in ("", ": its branch goes back into the streams")
+        }  # fmt: skip
+
+
 def test_a_spelling_that_is_another_op_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     inputs = (torch.randn(2, 3, 8),)
     model = converted(Block().eval(), inputs)
