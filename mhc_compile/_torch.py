@@ -23,16 +23,17 @@ from torch import fx
 
 try:
     import torch._dynamo
+    import torch._functorch.config
     from torch._C import (
         DispatchKey,
         _dispatch_tls_is_dispatch_key_excluded,
         _dispatch_tls_set_dispatch_key_excluded,
     )
-    from torch._C._dynamo.eval_frame import set_eval_frame
+    from torch._C._dynamo.eval_frame import reset_code, set_eval_frame
     from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
     from torch._dynamo import convert_frame, eval_frame
     from torch._dynamo.backends.registry import lookup_backend
-    from torch._dynamo.eval_frame import cached_backends, reset_code, skip_code
+    from torch._dynamo.eval_frame import cached_backends, skip_code
     from torch._dynamo.exc import (
         BackendCompilerFailed,
         FailOnRecompileLimitHit,
@@ -102,6 +103,7 @@ __all__ = [
     "is_tracing",
     "keep_no_backend",
     "make_fx",
+    "memory_budget",
     "module_of_op",
     "outside_dynamo",
     "paused",
@@ -180,15 +182,24 @@ def compile_graph(
     example_inputs: list[Any],
     fingerprint: str,
     inductor: dict[str, Any] | None = None,
+    tagged: bool = False,
 ) -> Callable[..., Any]:
     """The graph compiled by a registered backend of Dynamo; torch's caches are told `fingerprint` apart from others.
+
+    tagged: the partitioner has to obey tags of recomputation, which it does not look at under a budget of 0.
 
     inductor: settings of inductor, where that is the backend; they hold for the backward too, which is compiled later.
     """
     given = {"config_patches": inductor} if inductor and backend == "inductor" else {}
-    with caches_of(fingerprint):
+    budget = {"activation_memory_budget": 1e-9} if tagged and memory_budget() == 0 else {}
+    with caches_of(fingerprint), torch._functorch.config.patch(budget):
         compiled: Callable[..., Any] = lookup_backend(backend)(graph, example_inputs, **given)
     return compiled
+
+
+def memory_budget() -> float:
+    """The share of what a backward would keep that torch's partitioner may keep; below 1 it redraws random numbers."""
+    return float(torch._functorch.config.activation_memory_budget)
 
 
 def caches_of(fingerprint: str) -> Any:
