@@ -12,8 +12,9 @@ import logging
 import traceback
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,12 +36,12 @@ try:
         _set_grad_enabled,
     )
     from torch._C._autograd import _saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
-    from torch._C._dynamo.eval_frame import set_eval_frame
+    from torch._C._dynamo.eval_frame import reset_code, set_eval_frame
     from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
     from torch._dynamo import OptimizedModule, convert_frame, eval_frame
     from torch._dynamo import config as dynamo_config
     from torch._dynamo.backends.registry import lookup_backend
-    from torch._dynamo.eval_frame import skip_code
+    from torch._dynamo.eval_frame import cached_backends, skip_code
     from torch._dynamo.exc import (
         BackendCompilerFailed,
         FailOnRecompileLimitHit,
@@ -50,6 +51,8 @@ try:
         Unsupported,
     )
     from torch._dynamo.exc import UserError as DynamoUserError
+    from torch._dynamo.pgo import get_code_state
+    from torch._functorch import config as functorch_config
     from torch._functorch.predispatch import _remove_batch_dim as vmap_unwrap
     from torch._functorch.predispatch import _vmap_decrement_nesting as vmap_exit
     from torch._functorch.predispatch import _vmap_increment_nesting as vmap_enter
@@ -166,6 +169,7 @@ __all__ = [
     "caches_of",
     "compile_graph",
     "compile_settings",
+    "compiled_alone",
     "compiler_cache",
     "cpp_compiler",
     "dispatch_modes",
@@ -177,7 +181,6 @@ __all__ = [
     "fake_mode_of",
     "forward_mode",
     "fragment",
-    "fresh_function",
     "function_transforms",
     "get_hash_for_files",
     "gradients_inside_op",
@@ -193,7 +196,9 @@ __all__ = [
     "is_tracing",
     "is_whole",
     "is_wrapper",
+    "keep_no_backend",
     "make_fx",
+    "memory_budget",
     "module_of_op",
     "outside_dynamo",
     "paused",
@@ -273,15 +278,24 @@ def compile_graph(
     example_inputs: list[Any],
     fingerprint: str,
     inductor: dict[str, Any] | None = None,
+    tagged: bool = False,
 ) -> Callable[..., Any]:
     """The graph compiled by a registered backend of Dynamo; torch's caches are told `fingerprint` apart from others.
+
+    tagged: the partitioner has to obey tags of recomputation, which it does not look at under a budget of 0.
 
     inductor: settings of inductor, where that is the backend; they hold for the backward too, which is compiled later.
     """
     given = {"config_patches": inductor} if inductor and backend == "inductor" else {}
-    with caches_of(fingerprint):
+    budget = {"activation_memory_budget": 1e-9} if tagged and memory_budget() == 0 else {}
+    with caches_of(fingerprint), functorch_config.patch(budget):
         compiled: Callable[..., Any] = lookup_backend(backend)(graph, example_inputs, **given)
     return compiled
+
+
+def memory_budget() -> float:
+    """The share of what a backward would keep that torch's partitioner may keep; below 1 it redraws random numbers."""
+    return float(functorch_config.activation_memory_budget)
 
 
 def caches_of(fingerprint: str) -> Any:
@@ -368,23 +382,61 @@ def has_own_backward(outputs: Iterable[torch.Tensor], inputs: Iterable[torch.Ten
     return False
 
 
-def saving_unseen() -> Any:
-    """A context in which what autograd saves does not reach the hooks of a caller, as an outer checkpoint's."""
+@contextmanager
+def saving_unseen() -> Iterator[None]:
+    """A context in which what autograd saves does not reach the hooks of a caller, as an outer checkpoint's.
+
+    It is let go at the end: a graph of autograd that holds its own outputs by a hook would never be freed.
+    """
     if not _saved_tensors_hooks_is_enabled():
-        return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
+        yield
+        return
+    saved: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> int:
+        saved.append(tensor)
+        return len(saved) - 1
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, saved.__getitem__):
+            yield
+    finally:
+        saved.clear()
 
 
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
-def fresh_function(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy of `function` with a code object, and a code name, of its own.
+def compiled_alone(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled by `backend` as one graph; what Dynamo keeps of it goes when the result is dropped.
 
     Dynamo keeps its compiled variants by code object, and what it knows of changing shapes by code name and
-    line: two models behind one function would evict each other and make each other's sizes dynamic.
+    line: two models behind one function would evict each other and make each other's sizes dynamic. So the function is
+    copied, with a code object and a code name of its own. A variant holds its code object, and that holds the variants
+    where no garbage collector looks: left alone, neither ever goes.
     """
+    own = _fresh_function(function)
+    compiled: Callable[..., Any] = torch.compile(own, backend=backend, fullgraph=True)
+    keep_no_backend(backend)
+    # A call that runs, in any thread, holds `compiled`: nothing is reset under it. A backward holds what it runs.
+    weakref.finalize(compiled, _forget, own.__code__).atexit = False
+    return compiled
+
+
+def _forget(code: types.CodeType) -> None:
+    """Drop the compiled variants of a code object, and what Dynamo saw of its sizes."""
+    reset_code(code)
+    seen = get_code_state()
+    for known in [one for one in list(seen) if one.name == code.co_name]:
+        seen.pop(known, None)
+
+
+def keep_no_backend(backend: Callable[..., Any]) -> None:
+    """Take a backend out of those that Dynamo keeps for good, to call the `reset` of the ones that have it."""
+    for key, kept in list(cached_backends.items()):
+        if getattr(kept, "compiler_fn", kept) is backend:
+            cached_backends.pop(key, None)
+
+
+def _fresh_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of `function` with a code object, and a code name, of its own."""
     assert isinstance(function, types.FunctionType)
     name = f"{function.__code__.co_name}_{next(_counter)}"
     copy = types.FunctionType(

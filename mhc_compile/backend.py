@@ -27,7 +27,7 @@ from mhc_compile.passes.history import Pass, PassRecord, run_passes, start_recor
 from mhc_compile.passes.lower import lower
 from mhc_compile.passes.match import match_passes
 from mhc_compile.passes.match_report import Matches
-from mhc_compile.passes.op_kinds import aten
+from mhc_compile.passes.op_kinds import aten, draws
 from mhc_compile.passes.prioritize import prioritize
 from mhc_compile.passes.provenance import module_path
 from mhc_compile.passes.recompute import Blocks, tag
@@ -72,6 +72,7 @@ class ConvertingBackend:
         graph, config = normalized(gm, self.history), self.record.config
         self.history.extend(self.rewrite(graph))
         if config.n == 1:
+            warn_of_budget(graph, config.backend)
             return _torch.compile_graph(config.backend, graph, example_inputs, fingerprint())
         options = self.recompute, self.level, self.high_priority
         return compile_rewritten(graph, example_inputs, config.backend, self.history, *options)
@@ -117,8 +118,25 @@ def compile_rewritten(
         history += run_passes(graph, level_2(backend, replays=replays, high_priority=high_priority))
     if replays:
         return replaying(graph)
+    if not blocks:
+        warn_of_budget(graph, backend)
     told_apart = fingerprint() + blocks_fingerprint(blocks)  # the caches' keys do not see tags
-    return _torch.compile_graph(backend, graph, example_inputs, told_apart, inductor=inductor_settings())
+    settings = inductor_settings()
+    return _torch.compile_graph(backend, graph, example_inputs, told_apart, inductor=settings, tagged=bool(blocks))
+
+
+def warn_of_budget(graph: fx.GraphModule, backend: str) -> None:
+    """Warn where torch's partitioner would draw random numbers a second time, and the gradients be of another mask."""
+    budget = _torch.memory_budget()
+    if backend == "eager" or budget >= 1 or not torch.is_grad_enabled() or not any(map(draws, graph.graph.nodes)):
+        return
+    warnings.warn(
+        f"torch._functorch.config.activation_memory_budget is {budget} and the model draws random numbers (dropout): "
+        "torch's partitioner may draw them again in the backward, and gradients are then those of other masks; legal: "
+        "a budget of 1, or recompute= of a converted model, under which all random ops are saved. Next: set the "
+        "budget to 1, or call mhc_compile.recompute(model, 'auto')",
+        stacklevel=2,
+    )
 
 
 def inductor_settings() -> dict[str, Any]:
@@ -206,8 +224,10 @@ def mhc(gm: fx.GraphModule, example_inputs: list[Any], *, options: Any = None, m
     graph, where graph breaks cut it into many.
     """
     chosen = {**inductor_settings(), **(_torch.inductor_modes(mode) if mode else {}), **(options or {})}
+    graph = _matched(gm)
+    warn_of_budget(graph, "inductor")
     with _torch.caches_of(fingerprint()):
-        return _torch.inductor_compile(_matched(gm), example_inputs, options=chosen)
+        return _torch.inductor_compile(graph, example_inputs, options=chosen)
 
 
 def _matched(gm: fx.GraphModule) -> fx.GraphModule:

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class Conversion:
     def __init__(self, original: type[nn.Module], record: Record, recompute: Recompute | None = None) -> None:
         self.original, self.record, self.recompute = original, record, recompute
         self.high_priority: frozenset[str] = frozenset()  # the sites whose merges are launched so
-        self.history: list[PassRecord] = []
+        self._histories: WeakKeyDictionary[Callable[..., Any], list[PassRecord]] = WeakKeyDictionary()
         self.observers: list[Observer] = []
         self._compiled: dict[str, Callable[..., Any]] = {}  # by the path of the part; '' is the whole model
         self._of_iterations: dict[int, dict[str, Callable[..., Any]]] = {}  # the same, of other numbers of iterations
@@ -96,6 +97,11 @@ class Conversion:
         except MHCError:
             self._compiled.pop(part, None)  # Dynamo remembers the sizes of a refused call, and would trace dynamic ones
             raise
+
+    @property
+    def history(self) -> list[PassRecord]:
+        """What each pass did in each compilation that is kept; records hold graphs, and go with what was compiled."""
+        return [record for records in list(self._histories.values()) for record in records]
 
     def forget_compiled(self) -> None:
         """The next call of the model, or of a part, compiles anew."""
@@ -183,12 +189,16 @@ class Conversion:
     def compiled(self, model: nn.Module, backend: str, part: str = "", level: int = 2) -> Callable[..., Any]:
         """The anchored forward `(model, ...) -> (token, output)` of the model or of a part, freshly compiled."""
 
+        history = list[PassRecord]()
+
         def converting(record: Record, names: list[str]) -> ConvertingBackend:
             config = replace(record.config, backend=backend)
             options = level, self.recompute, self.high_priority
-            return ConvertingBackend(replace(record, config=config), names, self.history, *options)
+            return ConvertingBackend(replace(record, config=config), names, history, *options)
 
-        return self.compiled_by(converting, model, part)
+        compiled = self.compiled_by(converting, model, part)
+        self._histories[compiled] = history
+        return compiled
 
     @_torch.paused
     def compiled_by(
@@ -202,7 +212,7 @@ class Conversion:
             record, original = record_of_part(record, part), model.get_submodule(part).__dict__[PART].original
             names = [name for name in names if name.startswith(f"{part}.")]
         backend = make(record, names)
-        return torch.compile(_torch.fresh_function(anchored(original, part)), backend=backend, fullgraph=True)
+        return _torch.compiled_alone(anchored(original, part), backend)
 
 
 def _refuse_converted_inside(model: nn.Module, error: Exception) -> None:

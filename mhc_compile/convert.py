@@ -292,8 +292,11 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def history(model: nn.Module) -> list[PassRecord]:
-    """What each pass did in each compilation so far, first to last; empty before the first call."""
-    return list(conversion(model).history)
+    """What each pass did in each compilation that the model may run again, first to last; empty before the first call.
+
+    What `recompute`, `high_priority_merges` or a change of the sites makes useless is not among them any more.
+    """
+    return conversion(model).history
 
 
 def param_groups(model: nn.Module, *, weight_decay: float = 0.01) -> list[dict[str, Any]]:

@@ -68,6 +68,7 @@ class Backend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Dynamo's backend interface."""
+        _torch.keep_no_backend(self)
         history: list[PassRecord] = []
         try:
             graph = normalized(gm, history)

@@ -26,7 +26,7 @@ from mhc_compile.passes.emit import Emitter, copy_graph
 from mhc_compile.passes.expand import expand
 from mhc_compile.passes.fuse import fuse
 from mhc_compile.passes.lower import lower
-from mhc_compile.passes.op_kinds import aten
+from mhc_compile.passes.op_kinds import aten, draws
 from mhc_compile.passes.rewrite import Analysis, analyze
 from mhc_compile.record import Record
 from mhc_compile.sharding import refuse_sharded
@@ -323,13 +323,7 @@ def _split_reads(graph: fx.GraphModule) -> None:
 
 
 def _draws_random_numbers(graph: fx.GraphModule) -> bool:
-    return any(
-        isinstance(node.target, _torch.OpOverload)
-        and torch.Tag.nondeterministic_seeded in node.target.tags
-        and not (node.target is aten.dropout.default and node.args[2] is False)
-        and not (node.target is aten.scaled_dot_product_attention.default and (node.args[4:5] or (0.0,))[0] == 0.0)
-        for node in graph.graph.nodes
-    )
+    return any(map(draws, graph.graph.nodes))
 
 
 def _read(

@@ -304,8 +304,8 @@ def refusal(form: Form, door: str) -> str | None:
 
 # -------------------------------------------------------------------------------------------------- the product
 
-# Of the largest value of an output, or of a gradient (or of 1e-2 of the largest gradient), see `graphs`. The largest seen in
-# float64 is 2e-12, in onnxruntime: 20 squarings of `spectral` in another order of sums.
+# Of the largest value of an output, or of a gradient (or of 1e-2 of the largest gradient), see `graphs`. The largest
+# seen in float64 is 2e-12, in onnxruntime: 20 squarings of `spectral` in another order of sums.
 OUTPUTS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 4e-2}
 GRADIENTS = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 1e-1}
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from functorch.compile import aot_module_simplified, make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, fx, nn
 
@@ -374,3 +375,55 @@ def test_a_backend_that_owns_its_parameters_replays() -> None:
     assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
     with pytest.raises(ConfigError, match="recompute is 0; legal: None, 'auto'"):
         Backend(4, recompute=0)
+
+
+class Masked(nn.Module):
+    """Two sites; gives out what a drop in the second branch made, whose zeros are the mask."""
+
+    def __init__(self, drop: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.inner, self.outer = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.drop = drop
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + torch.sin(self.first(x))
+        dropped = torch.sin(self.drop(torch.sin(self.outer(torch.relu(self.inner(x))))))
+        return x + dropped, dropped
+
+
+_DROPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dropout": lambda x: F.dropout(x, 0.5, True),
+    "native_dropout": lambda x: torch.native_dropout(x, 0.5, True)[0],
+    "dropout1d": lambda x: F.dropout1d(x, 0.5, True),
+    "bernoulli": lambda x: x * torch.bernoulli(torch.full_like(x, 0.5)) * 2,
+    "drop path": lambda x: x * (torch.rand(len(x), 1) < 0.5) * 2,
+    "noise": lambda x: x * (torch.randn_like(x) > 0) * 2,
+}
+
+
+def off_by(model: Masked, budget: float) -> float:
+    """How far the gradient of a bias is from that of the mask that the output shows."""
+    x = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        _, dropped = model(x)
+        (found,) = torch.autograd.grad(dropped.sum(), model.outer.bias)
+    state = x + torch.sin(model.first(x))
+    masked = torch.sin(model.outer(torch.relu(model.inner(state)))) * (dropped != 0) * 2
+    (expected,) = torch.autograd.grad(torch.sin(masked).sum(), model.outer.bias)
+    return float((found - expected).abs().max())
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.1])
+@pytest.mark.parametrize("drop", _DROPS)
+def test_random_numbers_are_drawn_once_whatever_the_budget(drop: str, budget: float) -> None:
+    model = Masked(_DROPS[drop])
+    mhc_compile(model, n=4, example_inputs=torch.randn(16, 32), backend="aot_eager", recompute=1)
+    assert off_by(model, budget) < 1e-4
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_a_budget_that_draws_again_is_warned_of(n: int) -> None:
+    model = Masked(_DROPS["dropout"])
+    mhc_compile(model, n=n, example_inputs=torch.randn(16, 32), backend="aot_eager")
+    with pytest.warns(UserWarning, match="activation_memory_budget is 0.1"):
+        off_by(model, 0.1)

@@ -91,7 +91,7 @@ def just_in_time(
 
     try:
         with torch.enable_grad(), _torch.compile_settings():
-            torch.compile(_torch.fresh_function(function), backend=backend, fullgraph=True)(model, *args, **kwargs)
+            _torch.compiled_alone(function, backend)(model, *args, **kwargs)
     except _Arguments as signal:
         return Captured(graphs[0], signal.arguments)
     except DYNAMO_ERRORS as error:

@@ -56,7 +56,7 @@ def dry_run(gm: fx.GraphModule, arguments: Sequence[Any]) -> DryRun:
     mode = _torch.FakeTensorMode(allow_non_fake_inputs=True)
     fakes = _stand_ins(mode, arguments)
     watch = _Watch(gm)
-    hooks = torch.autograd.graph.saved_tensors_hooks(watch.pack, _same)
+    hooks = torch.autograd.graph.saved_tensors_hooks(watch.pack, _no_backward)
     with mode, torch.enable_grad(), FlopCounterMode(display=False) as counter, hooks:
         watch.counter = counter
         try:
@@ -143,8 +143,8 @@ def _outputs(gm: fx.GraphModule) -> list[fx.Node]:
     return [one for one in output.args[0] if isinstance(one, fx.Node)]
 
 
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+def _no_backward(saved: None) -> torch.Tensor:
+    raise AssertionError("a dry run has no backward")
 
 
 class _Watch(fx.Interpreter):
@@ -179,13 +179,12 @@ class _Watch(fx.Interpreter):
             self.found.trained.add(n)
         return value
 
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The hook that sees each tensor that autograd saves."""
+    def pack(self, tensor: torch.Tensor) -> None:
+        """The hook that sees each tensor that autograd saves, and keeps it from it: its graph would hold itself."""
         key = _torch.storage_key(tensor)
         if key is not None and self.node is not None:
             self.tensors[key] = tensor  # kept alive
             self.savers.setdefault(key, {})[self.node] = None
-        return tensor
 
     def result(self) -> DryRun:
         """What was seen."""

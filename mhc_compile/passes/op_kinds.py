@@ -88,9 +88,23 @@ def is_local(node: fx.Node) -> bool:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Draws random numbers."""
+    """An op that draws random numbers, though this call may be one that does not (`draws`)."""
     target = node.target
-    return isinstance(target, _torch.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+    tagged = isinstance(target, _torch.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+    return tagged or packet(node) in DROPOUTS
+
+
+def draws(node: fx.Node) -> bool:
+    """Draws random numbers in this call: a dropout, or attention with one, that is not switched off."""
+    if not is_random(node) or not isinstance(node.target, _torch.OpOverload):
+        return is_random(node)
+    for place, argument in enumerate(schema_of(node).arguments):
+        value = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
+        if argument.name in ("train", "training") and value is False:
+            return False
+        if argument.name in ("p", "dropout_p") and value == 0:
+            return False
+    return True
 
 
 def is_mutating(node: fx.Node) -> bool:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from mhc_compile.errors import RewriteError, wrong
 from mhc_compile.passes.history import Outcome
+from mhc_compile.passes.op_kinds import draws
 from mhc_compile.passes.replay import replayed_nodes
 from mhc_compile.passes.stages import Layout, SiteSpan
 
@@ -45,6 +46,8 @@ def tag(gm: fx.GraphModule, blocks: Blocks) -> Outcome:
     for node, site in _owners(layout).items():
         if site in replayed_sites:
             node.meta.setdefault("recompute", CheckpointPolicy.MUST_RECOMPUTE)
+    for node in filter(draws, layout.nodes):  # a small activation_memory_budget of torch would draw them again
+        node.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
     for block in present:
         if block:
             _keep(layout.sites[min(block)].streams)

@@ -19,14 +19,13 @@ import mhc_compile.kernels.single_pass_ops  # noqa: F401 - and those of other si
 from mhc_compile import _torch
 from mhc_compile.passes.capture import graph_input
 from mhc_compile.passes.dataflow import Dataflow
-from mhc_compile.passes.op_kinds import NORMS, REDUCTIONS, aten, is_local, is_mutating, is_random, packet, tensor_of
+from mhc_compile.passes.op_kinds import NORMS, REDUCTIONS, is_local, is_mutating, is_random, packet, tensor_of
 
 mhc = torch.ops.mhc
 
 READS = (mhc.coefficients.default, mhc.gates.default, mhc.read.default, mhc.read_early.default)
 MERGES = (mhc.merge.default, mhc.merge_carried.default)
 _KEPT = frozenset({mhc.readout, mhc.anchor})
-_DROPOUTS = frozenset({aten.dropout, aten.native_dropout, aten.feature_dropout, aten.alpha_dropout})
 
 
 def replayed_nodes(flow: Dataflow) -> set[fx.Node]:
@@ -61,6 +60,6 @@ def _is_trunk_op(node: fx.Node) -> bool:
 
 
 def _is_cheap(node: fx.Node) -> bool:
-    if tensor_of(node) is None or is_random(node) or is_mutating(node) or packet(node) in _DROPOUTS:
+    if tensor_of(node) is None or is_random(node) or is_mutating(node):
         return False
     return is_local(node) or packet(node) in NORMS or packet(node) in REDUCTIONS

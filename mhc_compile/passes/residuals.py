@@ -18,7 +18,6 @@ from mhc_compile.passes.dataflow import Dataflow, is_learned, mixes
 from mhc_compile.passes.op_kinds import (
     CASTS,
     COPIES,
-    DROPOUTS,
     PERMUTES,
     VIEWS,
     aten,
@@ -191,7 +190,7 @@ def on_trunk_inputs(node: fx.Node, *, allow_sums: bool) -> list[fx.Node]:
     if any(kind in group for group in (CASTS, VIEWS, PERMUTES, COPIES)) or node.target is aten.dropout.default:
         first = node.args[0]
         return [first] if is_float_tensor(first) and isinstance(first, fx.Node) else []
-    if is_elementwise(node) and not is_random(node) and kind not in DROPOUTS:
+    if is_elementwise(node) and not is_random(node):
         return [source for source in node.all_input_nodes if is_float_tensor(source) and same_shape(source, node)]
     return []
 
