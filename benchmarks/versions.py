@@ -1,9 +1,9 @@
 """The tests under other versions of torch, Python and what goes with them.
 
-python -m benchmarks.versions [--rows torch-2.15,torch-2.11] [--folder FOLDER] [--keep]
+python -m benchmarks.versions [--rows torch-2.15,torch-2.11] [--sample 5] [--folder FOLDER] [--keep]
 
 For each row a fresh virtual environment with the package, its extra `test` and the versions that the row pins; then the
-suite, or one test in SAMPLE of it (`pytest --sample`, the same tests in every environment), then the row's result goes
+suite, or a sample of it (`pytest --sample`, the same tests in every environment), then the row's result goes
 into benchmarks/results/versions.json and into the table of docs/versions.md. An environment is removed when its row is
 done, unless --keep; one that is in FOLDER already is used as it is. Builds of torch for CUDA are installed where there
 are no others, and run on a CPU; each takes 6 GB on disk.
@@ -71,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default=",".join(row.name for row in ROWS), help="names, separated by commas")
     parser.add_argument("--folder", type=Path, help="where environments are made; by default a temporary folder")
+    parser.add_argument("--sample", type=int, help=f"one test in so many; by default all, or one in {SAMPLE}, by row")
     parser.add_argument("--keep", action="store_true", help="leave the environments in the folder")
     options = parser.parse_args()
     known = {row.name: row for row in ROWS}
@@ -80,13 +81,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for name in chosen:
             place = (options.folder or Path(temporary)) / name
-            record(name, tried(known[name], place))
+            record(name, tried(known[name], place, options.sample))
             if not options.keep:
                 shutil.rmtree(place)
 
 
-def tried(row: Row, place: Path) -> dict[str, Any]:
+def tried(row: Row, place: Path, sample: int | None) -> dict[str, Any]:
     """The result of a row in the environment at `place`, which is made if it is not there."""
+    every = sample or (1 if row.whole else SAMPLE)
     python = place / "bin" / "python"
     if not python.exists():
         console.print(f"{row.name}: installing into {place}")
@@ -100,12 +102,11 @@ def tried(row: Row, place: Path) -> dict[str, Any]:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        sample = [] if row.whole else ["--sample", str(SAMPLE)]
-        command = [str(python), "-m", "pytest", "-n", str(os.cpu_count()), "--dist", "worksteal", "-q", *sample]
-        run([*command, "-m", "not sweep", "--timeout", "1800", "-p", "no:cacheprovider", f"--junitxml={report}"], True)
+        command = [str(python), "-m", "pytest", "-n", str(os.cpu_count()), "--dist", "worksteal", "-q"]
+        run([*command, "--sample", str(every), "-m", "not sweep", "--timeout", "1800", "-p", "no:cacheprovider", f"--junitxml={report}"], True)
         counts = read(report)
     minutes = round((time.monotonic() - start) / 60, 1)
-    tests = "all" if row.whole else f"one in {SAMPLE}"
+    tests = "all" if every == 1 else f"one in {every}"
     commit = run(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
     machine = f"{platform.machine()}, {os.cpu_count()} cores, no GPU"
     return {"versions": versions, "tests": tests, **counts, "minutes": minutes, "commit": commit, "machine": machine}

