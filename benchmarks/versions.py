@@ -103,7 +103,8 @@ def tried(row: Row, place: Path, sample: int | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [str(python), "-m", "pytest", "-n", str(os.cpu_count()), "--dist", "worksteal", "-q"]
-        run([*command, "--sample", str(every), "-m", "not sweep", "--timeout", "1800", "-p", "no:cacheprovider", f"--junitxml={report}"], True)
+        command += ["--sample", str(every), "-m", "not sweep", "--timeout", "1800"]
+        run([*command, "-p", "no:cacheprovider", f"--junitxml={report}"], True)
         counts = read(report)
     minutes = round((time.monotonic() - start) / 60, 1)
     tests = "all" if every == 1 else f"one in {every}"
