@@ -179,6 +179,7 @@ __all__ = [
     "enter_autocast",
     "exit_autocast",
     "fake_mode_of",
+    "forget_gradients",
     "forward_mode",
     "fragment",
     "function_transforms",
@@ -262,6 +263,16 @@ def fake_mode_of(values: Iterable[object]) -> FakeTensorMode | None:
     always that of Dynamo's own example values, and modes must not mix.
     """
     return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+
+
+def forget_gradients(values: Iterable[object]) -> None:
+    """Take off the fake gradients of fake parameters: a fake tensor with one is never freed.
+
+    A gradient is held in C++, where no garbage collector looks, and holds its fake mode, which holds the parameter.
+    """
+    for value in values:
+        if isinstance(value, FakeTensor) and value.is_leaf:
+            value.grad = None
 
 
 def as_fake(values: Iterable[object], tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:

@@ -298,11 +298,11 @@ def attach(model: nn.Module, record: Record, recompute: Recompute | None = None)
         tree = plant(record, device).train(model.training)
     model.add_module(TREE, tree)
     model.__dict__[STATE] = Conversion(original, record, recompute)
-    model.__class__ = converted_class(original)  # type: ignore[arg-type]  # mypy takes the class for its instance
+    model.__class__ = converted_class(original)
     for path in part_paths(model, record):
         part = model.get_submodule(path)
         part.__dict__[PART] = Part(type(part), model, path)
-        part.__class__ = part_class(type(part))  # type: ignore[arg-type]
+        part.__class__ = part_class(type(part))
 
 
 def plant(record: Record, device: torch.device | None) -> SiteTree:
@@ -350,7 +350,7 @@ def detach(model: nn.Module) -> None:
                 "take it off first (accelerator.unwrap_model(model, keep_fp32_wrapper=False))",
             )
         )
-    if type(model) is not converted_class(state.original):  # type: ignore[arg-type]
+    if type(model) is not converted_class(state.original):
         raise RewriteError(
             wrong(
                 f"the class of this {state.original.__name__}",
@@ -367,7 +367,25 @@ def detach(model: nn.Module) -> None:
     delattr(model, TREE)
 
 
-@functools.cache
+def one_for_each(make: Callable[[type[nn.Module]], type[nn.Module]]) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """Let a function that makes a subclass make one for each class, and keep neither class alive.
+
+    A class knows its subclasses, weakly: there the one that was made is found again.
+    """
+
+    def made(original: type[nn.Module]) -> type[nn.Module]:
+        known = (kind for kind in original.__subclasses__() if kind.__dict__.get(_MAKER) is make)
+        found = next(known, None) or make(original)
+        setattr(found, _MAKER, make)
+        return found
+
+    return made
+
+
+_MAKER = "_mhc_maker"  # of a class that was made: the function that did
+
+
+@one_for_each
 def converted_class(original: type[nn.Module]) -> type[nn.Module]:
     """The original class with a forward that runs rewritten; its name stays, as frameworks look classes up by it."""
 
@@ -452,7 +470,7 @@ def subclass(original: type[nn.Module], body: dict[str, Any], rebuild: Callable[
 
 def rebuilt(original: type[nn.Module]) -> nn.Module:
     """An empty converted model for pickle and copy to fill: they find classes by name, and that is the original's."""
-    made = converted_class(original)  # type: ignore[arg-type]
+    made = converted_class(original)
     return made.__new__(made)
 
 
@@ -465,7 +483,7 @@ class Part:
     path: str
 
 
-@functools.cache
+@one_for_each
 def part_class(original: type[nn.Module]) -> type[nn.Module]:
     """The class of a part: called by itself it runs rewritten, within the whole model as it always did."""
 
@@ -486,5 +504,5 @@ _torch.outside_dynamo(_run_part, _INLINED)
 
 def rebuilt_part(original: type[nn.Module]) -> nn.Module:
     """An empty part for pickle and copy to fill."""
-    made = part_class(original)  # type: ignore[arg-type]
+    made = part_class(original)
     return made.__new__(made)

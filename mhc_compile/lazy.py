@@ -6,7 +6,6 @@ these methods raise.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from torch import nn
 
 from mhc_compile import _torch
 from mhc_compile.config import MHCConfig
-from mhc_compile.conversion import PENDING, like, subclass
+from mhc_compile.conversion import PENDING, like, one_for_each, subclass
 from mhc_compile.errors import RewriteError
 from mhc_compile.site_choice import Choice
 
@@ -39,7 +38,7 @@ class Pending:
 def convert_later(model: nn.Module, pending: Pending) -> nn.Module:
     """Let the model convert itself when it is called."""
     model.__dict__[PENDING] = pending
-    model.__class__ = pending_class(pending.original)  # type: ignore[arg-type]
+    model.__class__ = pending_class(pending.original)
     return model
 
 
@@ -61,7 +60,7 @@ def convert_now(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         raise
 
 
-@functools.cache
+@one_for_each
 def pending_class(original: type[nn.Module]) -> type[nn.Module]:
     """The original class with a forward that converts, and without the methods that give parameters or state."""
 
@@ -92,5 +91,5 @@ def _too_early(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
 
 def rebuilt(original: type[nn.Module]) -> nn.Module:
     """An empty waiting model for pickle and copy to fill."""
-    made = pending_class(original)  # type: ignore[arg-type]
+    made = pending_class(original)
     return made.__new__(made)

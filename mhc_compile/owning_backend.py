@@ -162,6 +162,9 @@ class Backend:
         trained = [parameter.requires_grad for parameter in added]
 
         place, own = _first_parameter(example_inputs)
+        held = [compiled]
+        if own is not None:  # Dynamo keeps `run` for good, as it keeps what any backend of one's own gave
+            weakref.finalize(own(), _let_go, held, self.history, history).atexit = False
 
         def run(*args: Any) -> Any:
             if own is not None and args[place] is not own():
@@ -171,9 +174,15 @@ class Backend:
                     "requires_grad of the Backend's parameters changed since this graph was compiled; call "
                     "torch._dynamo.reset() and then the compiled model again"
                 )
-            return compiled(*args, *added)
+            return held[0](*args, *added)
 
         return run
+
+
+def _let_go(held: list[Any], history: list[PassRecord], own: list[PassRecord]) -> None:
+    """The model is gone: drop what was compiled of it, and its records from the history of the backend."""
+    held.clear()
+    history[:] = [record for record in history if all(record is not one for one in own)]
 
 
 def _first_parameter(example_inputs: list[Any]) -> tuple[int, Callable[[], Any] | None]:

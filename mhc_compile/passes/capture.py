@@ -232,6 +232,7 @@ def normalize(gm: fx.GraphModule, examples: Sequence[Any]) -> fx.GraphModule:
     _share_mode(traced, fake_mode)
     traced.graph.lint()
     traced.recompile()
+    _torch.forget_gradients(examples)
     return traced
 
 

@@ -67,7 +67,10 @@ def dry_run(gm: fx.GraphModule, arguments: Sequence[Any]) -> DryRun:
             legal = "sizes that follow from those of the inputs"
             step = "compute with all rows and a mask, or plan the stages by hand"
             raise PartitionError(wrong("a size", found, legal, step), source_line(node) if node else None) from error
-    return watch.result()
+        finally:
+            found_so_far = watch.result()
+            watch.forget()
+    return found_so_far
 
 
 def _stand_ins(mode: _torch.FakeTensorMode, arguments: Sequence[Any]) -> list[Any]:
@@ -185,6 +188,11 @@ class _Watch(fx.Interpreter):
         if key is not None and self.node is not None:
             self.tensors[key] = tensor  # kept alive
             self.savers.setdefault(key, {})[self.node] = None
+
+    def forget(self) -> None:
+        """Let go of all values: autograd's graph of them holds this object by its hook, where no collector looks."""
+        self.env.clear()
+        self.tensors.clear()
 
     def result(self) -> DryRun:
         """What was seen."""
