@@ -1638,7 +1638,7 @@ class Rounding(nn.Module):
 )
 def stages_without_a_backward(_: Path) -> Situation:
     model = mhc_compile(Rounding(), 2, backend="eager", example_inputs=X)
-    plan = partition(model, X, stages=2, devices=1, microbatches=2)
+    plan = partition(model, X, stages=2, microbatches=2)
     return using(model, lambda model: stage_modules(plan, model, X))
 
 

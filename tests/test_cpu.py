@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -299,22 +299,40 @@ def test_libraries_are_kept_on_disk(monkeypatch: pytest.MonkeyPatch, compilation
     assert cpu_library.compiled(2, torch.float32) != path and len(compilations) == 1
 
 
-def test_the_number_of_threads_changes_no_bit() -> None:
-    given, before = inputs(333, 4, 64, torch.float32), torch.get_num_threads()
-    found = []
+def of_each_number_of_threads(call: Callable[[], list[Tensor]]) -> list[list[Tensor]]:
+    before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            x, parameters = given["streams"], (given["phi"], given["alpha"], given["bias"])
-            read = cpu.read(x, *parameters, LONG)
-            merged = cpu.merge(x, given["f"], read[2], read[3])
-            branch = cpu.branch_backward(given["grad_merged"], x, given["f"], read[2], "given", False)
-            found.append([*read, merged, *branch])
+            found.append(call())
     finally:
         torch.set_num_threads(before)
-    assert x.numel() > cpu.ALONE
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    return found
+
+
+def same_bits(found: list[list[Tensor]]) -> bool:
+    return all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("product", ["of one thread", "of torch"])
+def test_the_number_of_threads_changes_no_bit(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ours. On some processors (an AMD EPYC) three threads of torch.mm give other bits than one; see limits.md."""
+    given = inputs(333, 4, 64, torch.float32)
+    x, parameters = given["streams"], (given["phi"], given["alpha"], given["bias"])
+    assert x.numel() > cpu.ALONE and 333 * given["phi"].numel() > cpu.FEW
+    rows = x.reshape(333, -1)
+    products = of_each_number_of_threads(lambda: [cpu._product_with_phi(rows, given["phi"])])
+    if product == "of one thread":
+        monkeypatch.setattr(cpu, "_product_with_phi", lambda *_: products[0][0])
+
+    def site() -> list[Tensor]:
+        read = cpu.read(x, *parameters, LONG)
+        merged = cpu.merge(x, given["f"], read[2], read[3])
+        return [*read, merged, *cpu.branch_backward(given["grad_merged"], x, given["f"], read[2], "given", False)]
+
+    found = of_each_number_of_threads(site)
+    if product == "of one thread" or same_bits(products):
+        assert same_bits(found)
 
 
 def test_many_features() -> None:

@@ -13,7 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch.utils.flop_counter import FlopCounterMode
 
-from mhc_compile import backend, mhc_compile
+from mhc_compile import _torch, backend, mhc_compile
 from mhc_compile.backend import inductor_settings
 from mhc_compile.kernels import cpu, cross_site_ops, ops, site_ops
 from mhc_compile.kernels.convention import DEEPSEEK_V4, HUNYUAN_V4, PAPER, Convention
@@ -270,7 +270,7 @@ def test_a_model_in_fragments_is_warned_of_once(site: str, count: int, monkeypat
         compiled.append(gm)
         return gm.forward
 
-    monkeypatch.setattr(torch._inductor, "compile", uncompiled)
+    monkeypatch.setattr(_torch, "inductor_compile", uncompiled)
     monkeypatch.setattr(backend, "_with_mhc", WeakSet())
     messages = warned(Broken(site))
     assert len(messages) == count and len(compiled) >= 4
@@ -280,7 +280,7 @@ def test_a_model_in_fragments_is_warned_of_once(site: str, count: int, monkeypat
 
 def test_a_fragment_that_is_compiled_again_is_not_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other fragments, with the sites, are known by then."""
-    monkeypatch.setattr(torch._inductor, "compile", lambda gm, examples, options: gm.forward)
+    monkeypatch.setattr(_torch, "inductor_compile", lambda gm, examples, options: gm.forward)
     monkeypatch.setattr(backend, "_with_mhc", WeakSet())
     model = Broken("first")
     assert warned(model) == []
@@ -293,7 +293,7 @@ def test_a_fragment_that_is_compiled_again_is_not_warned_of(monkeypatch: pytest.
 
 
 def test_what_is_remembered_is_the_model_and_not_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._inductor, "compile", lambda gm, examples, options: gm.forward)
+    monkeypatch.setattr(_torch, "inductor_compile", lambda gm, examples, options: gm.forward)
     monkeypatch.setattr(backend, "_with_mhc", WeakSet())
     assert warned(Broken("first")) == []
     torch._dynamo.reset()
