@@ -35,6 +35,7 @@ LAYERS = (
     ("kernels",),
     ("site_form",),
     ("hyper_connection",),
+    ("record",),
     ("passes",),
     ("codegen",),
     ("*",),
