@@ -93,9 +93,9 @@ def test_no_grad_regions_stay_plain_with_gradients_off_too() -> None:
     randomize(model)
     expected = model(X)
     with torch.no_grad():
-        assert torch.equal(model(X), expected)
+        torch.testing.assert_close(model(X), expected, rtol=0, atol=1e-5)  # some processors: other kernels
     with torch.inference_mode():
-        assert torch.equal(model(X), expected)
+        torch.testing.assert_close(model(X), expected, rtol=0, atol=1e-5)  # some processors: other kernels
 
 
 class Frozen(nn.Module):
