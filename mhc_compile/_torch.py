@@ -24,7 +24,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 TESTED = ("2.11", "2.12", "2.13", "2.14", "2.15")
-"""The releases of torch that the tests were run with; docs/versions.md has the results."""
+"""The releases of torch that were tried, on which every name here is found; docs/versions.md has what was run."""
 
 try:
     from torch._C import (

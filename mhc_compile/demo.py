@@ -116,9 +116,9 @@ def run_demo(options: DemoOptions | None = None, console: Console | None = None)
 
 
 def versions() -> str:
-    """Return what the demonstration runs on, and which releases of torch the tests were run with."""
+    """Return what the demonstration runs on, and which releases of torch the package is for."""
     found = ", ".join(f"{name} {version(name)}" for name in ("mhc-compile", "torch", "transformers"))
-    tested = f"tested with torch {TESTED[0]} to {TESTED[-1]}"
+    tested = f"made for torch {TESTED[0]} to {TESTED[-1]}, see docs/versions.md"
     return f"{found}, Python {platform.python_version()}; {tested}"
 
 
