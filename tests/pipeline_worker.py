@@ -11,7 +11,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from mhc_compile.partition import Pipeline, Plan, cost_model, planned
 from mhc_compile.passes.cost import CostModel
 from mhc_compile.passes.emit import copy_graph
 from mhc_compile.pipeline import pipeline_schedule, pipeline_stages
-from mhc_compile.trace import TracedModel, trace
+from mhc_compile.trace import Exported, exported
 
 WORLD = 2
 SECONDS = 60  # what a collective waits for the other process
@@ -121,17 +121,16 @@ def whole(name: str) -> Whole:
     return found
 
 
-_traced: dict[tuple[nn.Module, bool], TracedModel] = {}
+_exported: dict[tuple[nn.Module, bool], Exported] = {}
 
 
-def traced_once(model: nn.Module, inputs: Any) -> TracedModel:
-    """What `trace` gives, which takes most of the time of a cut: once for each model, and a copy of it for each cut."""
+def exported_once(model: nn.Module, inputs: Any) -> Exported:
+    """What `exported` gives, which takes most of the time of a cut: once for each model, and a copy for each cut."""
     key = model, model.training
-    if key not in _traced:
-        _traced[key] = trace(model, inputs)
-    made = copy.copy(_traced[key])
-    made.__dict__["_modules"] = {"graph_module": copy_graph(_traced[key].graph_module)}
-    return made
+    if key not in _exported:
+        _exported[key] = exported(model, inputs)
+    made = _exported[key]
+    return replace(made, rewritten=replace(made.rewritten, graph=copy_graph(made.rewritten.graph)))
 
 
 def parts_of(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -341,7 +340,7 @@ def main(names: list[str], rank: int, folder: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timedelta(seconds=SECONDS)
     )
-    cutting.trace = traced_once  # type: ignore[assignment]
+    cutting.exported = exported_once  # type: ignore[assignment]
     checks: dict[str, Callable[[Path], None]] = {name: globals()[name] for name in names}
     for name, check in checks.items():
         print(f"{name} ...", file=sys.stderr, flush=True)

@@ -30,7 +30,7 @@ from mhc_compile.codegen.stage_module import StageModule
 from mhc_compile.partition import Plan, partition
 from mhc_compile.passes import eager_replay
 from mhc_compile.pipeline import pipeline_stages, stage_modules
-from mhc_compile.trace import TracedModel
+from mhc_compile.trace import Exported
 
 TESTS = Path(__file__).parent
 DEADLINE = 240.0  # seconds, for all checks on two processes
@@ -50,15 +50,15 @@ def _fresh_dynamo() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most of the time of a cut is its trace: the models that tests share are traced once, others at each cut."""
-    plain = cutting.trace
+def _exported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of the time of a cut is its export: the models that tests share are exported once, others at each cut."""
+    plain = cutting.exported
 
-    def traced(model: nn.Module, inputs: Any) -> TracedModel:
+    def found(model: nn.Module, inputs: Any) -> Exported:
         shared = any(model is one.model and inputs is one.inputs for one in _known.values())
-        return (pipeline_worker.traced_once if shared else plain)(model, inputs)
+        return (pipeline_worker.exported_once if shared else plain)(model, inputs)
 
-    monkeypatch.setattr(cutting, "trace", traced)
+    monkeypatch.setattr(cutting, "exported", found)
 
 
 # -------------------------------------------------------------------------------------- one process
