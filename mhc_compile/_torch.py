@@ -35,7 +35,10 @@ try:
         _dispatch_tls_set_dispatch_key_excluded,
         _set_grad_enabled,
     )
-    from torch._C._autograd import _saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
+    from torch._C._autograd import (  # type: ignore[attr-defined]
+        _saved_tensors_hooks_is_enabled,
+        _top_saved_tensors_default_hooks,
+    )
     from torch._C._dynamo.eval_frame import reset_code, set_eval_frame
     from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
     from torch._dynamo import OptimizedModule, convert_frame, eval_frame
@@ -302,6 +305,13 @@ def compile_graph(
     with caches_of(fingerprint), functorch_config.patch(budget):
         compiled: Callable[..., Any] = lookup_backend(backend)(graph, example_inputs, **given)
     return compiled
+
+
+def saved_tensor_hooks() -> tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]] | None:
+    """Pack and unpack of the innermost `saved_tensors_hooks` that are entered, which autograd would call; or None."""
+    found: tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]] | None
+    found = _top_saved_tensors_default_hooks(False)
+    return found
 
 
 def memory_budget() -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
-from torch.utils.checkpoint import CheckpointPolicy
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 from graphs import float_outputs, randomize, zoo_model
 from mhc_compile import ShapeError, history, mhc_compile
@@ -104,6 +104,50 @@ def test_under_autocast() -> None:
         right = gradients(graph, one)
         for whole_blocks in (False, True):
             assert_same_bits(gradients(replaying(graph, whole_blocks), one), right)
+
+
+@pytest.mark.parametrize("whole_blocks", [False, True])
+def test_hooks_of_the_caller_have_what_is_kept(whole_blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, roots of replays too, and nothing else is held; the gradients come from what they give back."""
+    one = zoo_pair("llama")
+    graph = tagged(one, 2)
+    right = gradients(graph, one)
+    expected = sum(value.nbytes for value in kept_tensors(one, graph, monkeypatch))
+    packed: list[Tensor] = []
+    unpacked: list[int] = []
+
+    def pack(tensor: Tensor) -> int:
+        assert not torch.is_grad_enabled()
+        packed.append(tensor.detach().clone())
+        return len(packed) - 1
+
+    def unpack(place: int) -> Tensor:
+        unpacked.append(place)
+        return packed[place].clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        found = gradients(replaying(graph, whole_blocks), one)
+    assert_same_bits(found, right)
+    assert expected > 0 and sum(value.nbytes for value in packed) >= expected
+    assert len(set(unpacked)) > len(packed) / 2
+
+
+def test_an_activation_checkpoint_around_the_call() -> None:
+    """Its hooks count what is saved, in order, and stop a second forward in the middle of the graph."""
+    one = zoo_pair("llama")
+    graph = tagged(one, 2)
+    right = gradients(graph, one)
+    calls: list[int] = []
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(1)
+        return replaying(graph)(*arguments)
+
+    def checkpointed(*arguments: Any) -> Any:
+        return checkpoint(counted, *arguments, use_reentrant=False)
+
+    assert_same_bits(gradients(checkpointed, one), right)
+    assert len(calls) == 2
 
 
 def test_without_gradients() -> None:

@@ -7,6 +7,7 @@ works, and the error where the row says that it is refused.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from mhc_compile import (
     mhc_compile,
     param_groups,
     partition,
+    recompute,
     source,
     trace,
     verify,
@@ -389,12 +391,18 @@ def scaled_gradients(_: Path) -> None:
 
 @wrapping(TRAINING)
 def saved_tensor_hooks(_: Path) -> None:
-    for backend in ("eager", "aot_eager"):
-        model = trained(backend)
+    for backend, blocks in itertools.product(("eager", "aot_eager"), (None, 1)):
+        model = recompute(trained(backend), blocks)
         _, expected = step_of(model)
-        with torch.autograd.graph.save_on_cpu():
+        seen: list[Tensor] = []
+
+        def pack(tensor: Tensor, seen: list[Tensor] = seen) -> int:
+            seen.append(tensor)
+            return len(seen) - 1
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda place, seen=seen: seen[place].clone()):
             _, found = step_of(model)
-        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        assert seen and all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 @wrapping(TRAINING)

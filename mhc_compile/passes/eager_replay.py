@@ -4,7 +4,8 @@ The backward of a site needs the streams that it read, the aggregate and its nor
 their block, the outputs of the branches and the coefficients. Those are kept: the branches' outputs because a merge
 needs them anyway, the coefficients because they are a few numbers a token. The rest is handed to autograd as a name
 (`torch.autograd.graph.saved_tensors_hooks`), and computed again, op by op and bit for bit, when the backward asks.
-Nothing of a branch beside its first norm is ever computed twice.
+Nothing of a branch beside its first norm is ever computed twice. Autograd calls the innermost hooks alone: what is kept
+as it is goes through those of the caller (an offload, an activation checkpoint) from here.
 
 On a GPU the states of a block, and the aggregates that wait for the backward, are made in one launch
 (`kernels.replay_ops`) when the first of them is asked for; elsewhere each by its own op.
@@ -26,6 +27,7 @@ from torch import Tensor, fx
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointPolicy
 
+from mhc_compile import _torch
 from mhc_compile.kernels.replay_ops import replay_block
 from mhc_compile.passes.dataflow import Dataflow
 from mhc_compile.passes.replay import replayed_nodes
@@ -43,7 +45,7 @@ def replaying(gm: fx.GraphModule, whole_blocks: bool | None = None) -> Callable[
     def run(*arguments: Any) -> Any:
         if not torch.is_grad_enabled():
             return gm(*arguments)
-        session = _Session(program)
+        session = _Session(program, _torch.saved_tensor_hooks())
         with torch.autograd.graph.saved_tensors_hooks(session.pack, session.unpack):
             return session.run(*arguments)
 
@@ -61,7 +63,11 @@ class _Program:
         for node in gm.graph.nodes:
             if node in ours and node.meta.get("recompute") == CheckpointPolicy.MUST_RECOMPUTE and self._can(node):
                 self.replayed.add(node)
-        self.roots = {source for node in self.replayed for source in _sources(node) if source not in self.replayed}
+        self.roots: dict[fx.Node, list[fx.Node]] = {}  # and what is replayed from each
+        for node in self.replayed:
+            for source in _sources(node):
+                if source not in self.replayed:
+                    self.roots.setdefault(source, []).append(node)
         # Of each state: the aggregates of it that are replayed, and the merges that may follow it in one launch.
         self.aggregates: dict[fx.Node, list[fx.Node]] = {}
         self.following: dict[fx.Node, list[fx.Node]] = {}
@@ -119,11 +125,18 @@ class _Name:
     offset: int
 
 
+@dataclass(frozen=True)
+class _Packed:
+    """What the caller's hooks made of a tensor."""
+
+    value: Any
+
+
 @dataclass
 class _Held:
-    """A tensor that autograd keeps as it is, or the name that it has once the op that saved its own result has run."""
+    """What autograd keeps. A tensor until the op that saved it has run; then a name if it is that op's result."""
 
-    value: Tensor | _Name
+    value: Tensor | _Name | _Packed
 
 
 def _identity(tensor: Tensor) -> StorageWeakRef:
@@ -135,9 +148,13 @@ def _identity(tensor: Tensor) -> StorageWeakRef:
 class _Session:
     """One forward of a program, and what its backward needs."""
 
-    def __init__(self, program: _Program) -> None:
-        self.program = program
+    def __init__(
+        self, program: _Program, hooks: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None
+    ) -> None:
+        """hooks: the caller's, for tensors that are kept."""
+        self.program, self._hooks = program, hooks
         self._roots: dict[fx.Node, Any] = {}
+        self._opened: dict[fx.Node, Tensor] = {}  # roots from the caller's hooks, which may give each once a backward
         self._owners: dict[StorageWeakRef, fx.Node] = {}
         self._fresh: list[_Held] = []  # what the op that runs has saved and nobody owns yet
         self._asked: Counter[fx.Node] = Counter()  # how many names of each node autograd keeps
@@ -152,7 +169,7 @@ class _Session:
         interpreter = _Recording(self)
         result = interpreter.run(*arguments)
         self._owners.clear()
-        self._fresh.clear()
+        self._keep_fresh()
         return result
 
     def record(self, node: fx.Node, value: Any) -> None:
@@ -160,7 +177,7 @@ class _Session:
         if node in self.program.roots:
             # For a read, pre; its other outputs that are needed are roots of their own.
             kept = value[1] if node.target is mhc.read.default else value
-            self._roots[node] = kept.detach() if isinstance(kept, Tensor) else kept
+            self._roots[node] = self._kept(kept.detach()) if isinstance(kept, Tensor) else kept
         if node in self.program.replayed and isinstance(value, Tensor):
             self._owners.setdefault(_identity(value), node)
             for held in self._fresh:
@@ -169,7 +186,34 @@ class _Session:
             device = value.device.type
             if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
                 self._autocast[node] = device, torch.get_autocast_dtype(device)
+        self._keep_fresh()
+
+    def _keep_fresh(self) -> None:
+        """Keep what the op has saved and is not replayed."""
+        for held in self._fresh:
+            if isinstance(held.value, Tensor):
+                held.value = self._kept(held.value)
         self._fresh.clear()
+
+    def _kept(self, tensor: Tensor) -> Tensor | _Packed:
+        if self._hooks is None:
+            return tensor
+        with torch.no_grad():  # as autograd calls them
+            return _Packed(self._hooks[0](tensor))
+
+    def _unpacked(self, kept: Any) -> Any:
+        return self._hooks[1](kept.value) if isinstance(kept, _Packed) and self._hooks else kept
+
+    def _close(self) -> None:
+        """Drop the opened roots that nothing is left to be replayed from."""
+        for node in [*self._opened]:
+            if all(map(self._is_done, self.program.roots[node])):
+                del self._opened[node]
+
+    def _is_done(self, node: fx.Node) -> bool:
+        """Replayed, or never asked for."""
+        asked = self._asked[node]
+        return node in self._values or (self._served[node] >= asked if asked else _is_aggregate(node))
 
     def pack(self, tensor: Tensor) -> _Held:
         node = self._owners.get(_identity(tensor))
@@ -184,8 +228,9 @@ class _Session:
 
     def unpack(self, held: _Held) -> Tensor:
         kept = held.value
-        if isinstance(kept, Tensor):
-            return kept
+        if not isinstance(kept, _Name):
+            found: Tensor = self._unpacked(kept)
+            return found
         with torch.no_grad():
             value: Tensor = self._value(kept.node)
         self._serve(kept.node)
@@ -199,6 +244,7 @@ class _Session:
         if self._served.total() >= self._asked.total():
             self._served.clear()
             self._values.clear()
+            self._opened.clear()
 
     def _value(self, node: fx.Node) -> Any:
         missing = self._missing(node)
@@ -209,6 +255,7 @@ class _Session:
                 self._replay_block(each, missing)
             else:
                 self._values[each] = self._compute(each)
+        self._close()
         return self._values[node]
 
     def _replay_block(self, first: fx.Node, missing: list[fx.Node]) -> None:
@@ -226,7 +273,7 @@ class _Session:
             [self._known(one) for one in f],
             [self._known(one) for one in post],
             [None if one is None else self._known(one) for one in res],
-            [None if u is None else self._roots[u.args[0]] for u in reads],
+            [None if u is None else self._known(u.args[0]) for u in reads],
             *_variant(first)[1:],
         )
         self._values |= dict(zip(merges, made, strict=True))
@@ -240,7 +287,13 @@ class _Session:
         return None
 
     def _known(self, node: fx.Node) -> Any:
-        return self._roots[node] if node in self._roots else self._values[node]
+        if node not in self._roots:
+            return self._values[node]
+        if not isinstance(self._roots[node], _Packed):
+            return self._roots[node]
+        if node not in self._opened:
+            self._opened[node] = self._unpacked(self._roots[node])
+        return self._opened[node]
 
     def _missing(self, node: fx.Node) -> list[fx.Node]:
         """What has to be computed for a node, in order."""
@@ -260,7 +313,7 @@ class _Session:
     def _compute(self, node: fx.Node) -> Any:
         if _is_aggregate(node):
             streams, read = _sources(node)
-            return mhc.aggregate.default(self._known(streams), self._roots[read])
+            return mhc.aggregate.default(self._known(streams), self._known(read))
         if node.target is mhc.merge_carried.default:
             return mhc.merge.default(*fx.map_arg((*node.args[:2], *node.args[3:7]), self._known))
         args, kwargs = fx.map_arg(node.args, self._known), fx.map_arg(node.kwargs, self._known)
