@@ -72,8 +72,7 @@ class ConvertingBackend:
         graph, config = normalized(gm, self.history), self.record.config
         self.history.extend(self.rewrite(graph))
         if config.n == 1:
-            warn_of_budget(graph, config.backend)
-            return _torch.compile_graph(config.backend, graph, example_inputs, fingerprint())
+            return compiled_by(config.backend, graph, example_inputs)
         options = self.recompute, self.level, self.high_priority
         return compile_rewritten(graph, example_inputs, config.backend, self.history, *options)
 
@@ -118,11 +117,21 @@ def compile_rewritten(
         history += run_passes(graph, level_2(backend, replays=replays, high_priority=high_priority))
     if replays:
         return replaying(graph)
+    return compiled_by(backend, graph, example_inputs, blocks, inductor_settings())
+
+
+def compiled_by(
+    backend: str,
+    graph: fx.GraphModule,
+    example_inputs: list[Any],
+    blocks: Blocks = (),
+    inductor: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The graph compiled by a backend of torch's; blocks: those that it is tagged for."""
     if not blocks:
         warn_of_budget(graph, backend)
     told_apart = fingerprint() + blocks_fingerprint(blocks)  # the caches' keys do not see tags
-    settings = inductor_settings()
-    return _torch.compile_graph(backend, graph, example_inputs, told_apart, inductor=settings, tagged=bool(blocks))
+    return _torch.compile_graph(backend, graph, example_inputs, told_apart, inductor=inductor, tagged=bool(blocks))
 
 
 def warn_of_budget(graph: fx.GraphModule, backend: str) -> None:
@@ -225,7 +234,6 @@ def mhc(gm: fx.GraphModule, example_inputs: list[Any], *, options: Any = None, m
     """
     chosen = {**inductor_settings(), **(_torch.inductor_modes(mode) if mode else {}), **(options or {})}
     graph = _matched(gm)
-    warn_of_budget(graph, "inductor")
     with _torch.caches_of(fingerprint()):
         return _torch.inductor_compile(graph, example_inputs, options=chosen)
 
@@ -236,6 +244,7 @@ def _matched(gm: fx.GraphModule) -> fx.GraphModule:
     if not any(isinstance(example, torch.Tensor) for example in examples):
         return gm
     graph, found = normalize(gm, examples), list[Matches]()
+    warn_of_budget(graph, "inductor")
     run_passes(graph, [*match_passes(found), *level_2("inductor")])
     (matches,) = found
     place = _torch.fragment(gm)

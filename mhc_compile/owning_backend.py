@@ -9,12 +9,11 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from mhc_compile import _torch
-from mhc_compile.backend import ANCHOR, compile_rewritten, normalized, recorded_analysis
+from mhc_compile.backend import ANCHOR, compile_rewritten, compiled_by, normalized, recorded_analysis
 from mhc_compile.config import MHCConfig
 from mhc_compile.conversion import TREE, SiteTree, plant
 from mhc_compile.convert import as_config, recorded, refuse_unfit
 from mhc_compile.errors import ConfigError, MHCError, RewriteError, wrong
-from mhc_compile.kernels.devices import fingerprint
 from mhc_compile.passes.bind import bind_parameters
 from mhc_compile.passes.emit import copy_graph
 from mhc_compile.passes.history import PassRecord
@@ -149,10 +148,7 @@ class Backend:
         history: list[PassRecord],
     ) -> Callable[..., Any]:
         if record.config.n == 1:
-            plain: Callable[..., Any] = _torch.compile_graph(
-                record.config.backend, graph, example_inputs, fingerprint()
-            )
-            return plain
+            return compiled_by(record.config.backend, graph, example_inputs)
         analysis = recorded_analysis(graph, record)
         look_up, names = bind_parameters(graph, analysis.sites, record.config)
         history += [*analysis.records, *rewrite(analysis, record.config, look_up)]

@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from mhc_compile import _torch
-from mhc_compile.backend import level_2
+from mhc_compile.backend import compiled_by, level_2
 from mhc_compile.codegen.stage_graphs import split
 from mhc_compile.codegen.stage_module import Call, StageModule, leaves, state_names
 from mhc_compile.conversion import Conversion, conversion
 from mhc_compile.convert import check_has_streams
 from mhc_compile.errors import ConfigError, PartitionError, wrong
 from mhc_compile.example_inputs import as_call, derive
-from mhc_compile.kernels.devices import fingerprint
 from mhc_compile.partition import Plan
 from mhc_compile.passes import recompute
 from mhc_compile.passes.dry_run import dry_run
@@ -232,7 +230,7 @@ class _Stages:
         if stage == len(self.graphs) - 1:
             made.output = self.whole.call.output
         if self.backend != "eager":
-            made.prepare_with(partial(_compiled, self.backend, recompute.fingerprint(self.blocks)))
+            made.prepare_with(partial(compiled_by, self.backend, blocks=self.blocks))
         elif replays:
             made.prepare_with(lambda graph, flat: replaying(graph))
         if self.target is not None:
@@ -244,10 +242,6 @@ class _Stages:
         read = {id(self.whole.state[node]) for graph in self.graphs for node in graph.state}
         left = {key for _, key, saved in state_names(self.model) if saved and key not in read}
         return [value for value in chain(self.model.parameters(), self.model.buffers()) if id(value) in left]
-
-
-def _compiled(backend: str, tag: str, graph: fx.GraphModule, flat: list[Any]) -> Callable[..., Any]:
-    return _torch.compile_graph(backend, graph, flat, fingerprint() + tag)
 
 
 def _whole(

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
@@ -302,6 +303,41 @@ def test_compiled_stages_replay_their_blocks(backend: str) -> None:
     assert kept(compiled, known) < 0.8 * kept(as_they_are, known)
     with torch.no_grad():
         torch.testing.assert_close(float_outputs(run(compiled, **known.inputs))[0], known.outputs[0].detach())
+
+
+class Dropping(nn.Module):
+    """A branch whose gradient needs the mask of a dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.sin(nn.functional.dropout(torch.sin(self.outer(torch.relu(self.inner(x)))), 0.5, True))
+
+
+def test_compiled_stages_draw_once_whatever_the_budget() -> None:
+    """The gradients are those of a budget that draws nothing again; stages that replay nothing warn of the others."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(Dropping() for _ in range(6))), torch.randn(4, 8)
+    mhc_compile(model, 4, backend="eager", example_inputs=x)
+    plan = partition(model, x, stages=2, microbatches=2)
+    assert plan.blocks
+    for chosen, right in ((plan, True), (stored(plan), False)):
+        found, warned = [], []
+        for budget in (1.0, 0.0):
+            stages = stage_modules(chosen, model, x, backend="aot_eager")
+            torch.manual_seed(1)
+            set_budget = torch._functorch.config.patch(activation_memory_budget=budget)
+            with set_budget, warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                output = run(stages, x)
+                output.square().sum().backward()
+            found.append([output.detach(), *(value.grad for value in model.parameters() if value.grad is not None)])
+            warned.append(any("activation_memory_budget is 0.0" in str(one.message) for one in seen))
+            model.zero_grad()
+        assert warned == [False, not right]
+        assert all(torch.equal(*pair) for pair in zip(*found, strict=True)) == right and len(found[0]) > 10
 
 
 @pytest.mark.parametrize("split", [False, True])

@@ -31,7 +31,7 @@ from mhc_compile.codegen.spelling import (
     spell,
     value_of,
 )
-from mhc_compile.passes.op_kinds import DROPOUTS, aten, packet
+from mhc_compile.passes.op_kinds import DROPOUTS, aten, draws, packet
 from mhc_compile.passes.provenance import calling_frame, calling_module, module_path
 
 mhc = torch.ops.mhc
@@ -86,13 +86,8 @@ def has_effect(node: fx.Node) -> bool:
     """It writes, draws random numbers, or is unknown: it stays where it is."""
     target = node.target
     if isinstance(target, _torch.OpOverload):
-        return target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags or is_random_dropout(node)
+        return target._schema.is_mutable or draws(node)
     return target in (GRAD, ENTER, EXIT)
-
-
-def is_random_dropout(node: fx.Node) -> bool:
-    """A dropout that is on."""
-    return packet(node) in DROPOUTS and same_as(node) is None
 
 
 class BodyWriter:
