@@ -35,10 +35,7 @@ try:
         _dispatch_tls_set_dispatch_key_excluded,
         _set_grad_enabled,
     )
-    from torch._C._autograd import (  # type: ignore[attr-defined]
-        _saved_tensors_hooks_is_enabled,
-        _top_saved_tensors_default_hooks,
-    )
+    from torch._C._autograd import _top_saved_tensors_default_hooks
     from torch._C._dynamo.eval_frame import reset_code, set_eval_frame
     from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
     from torch._dynamo import OptimizedModule, convert_frame, eval_frame
@@ -409,7 +406,7 @@ def saving_unseen() -> Iterator[None]:
 
     It is let go at the end: a graph of autograd that holds its own outputs by a hook would never be freed.
     """
-    if not _saved_tensors_hooks_is_enabled():
+    if saved_tensor_hooks() is None:  # nor may any be entered where a model takes gradients with torch.func
         yield
         return
     saved: list[torch.Tensor] = []

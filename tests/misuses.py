@@ -467,6 +467,11 @@ def a_graph_break(_: Path) -> Situation:
     return converting(own(_breaks))
 
 
+@misuse(MODELS, CaptureError, "calls torch.func.grad", "derivatives are taken outside", "write that derivative")
+def derivatives_inside(_: Path) -> Situation:
+    return converting(own(lambda self, x: x + torch.func.grad(lambda y: linear(self, y).sum())(x)))
+
+
 def _branches(self: Any, x: Tensor) -> Tensor:
     if x.sum() > 9:
         x = x * 2

@@ -28,7 +28,7 @@ from mhc_compile import _torch
 from mhc_compile.errors import CaptureError, MHCError, wrong
 from mhc_compile.passes.misfit import misfit
 from mhc_compile.passes.op_kinds import packet_named
-from mhc_compile.passes.provenance import attribute_path, is_of_torch, is_ours, source_line
+from mhc_compile.passes.provenance import attribute_path, calling_frame, is_of_torch, is_ours, source_line
 
 _HOPS = torch.ops.higher_order
 _LOOKED_INTO = (
@@ -221,6 +221,7 @@ def normalize(gm: fx.GraphModule, examples: Sequence[Any]) -> fx.GraphModule:
     `examples` are the fake values of its placeholders, one for each. Gives a new graph with the same inputs and
     outputs in the same order; `gm` is left as it was. Every value is recorded as seen with gradients enabled.
     """
+    _refuse_derivatives(gm)
     fake_mode = _torch.fake_mode_of(examples)
     inliner = _Inliner(gm)
     with _lenient(fake_mode), torch.fx.traceback.preserve_node_meta(), torch.enable_grad(), _torch.saving_unseen():
@@ -346,6 +347,22 @@ class _Inliner(fx.Interpreter):
         if kwargs.get("out") is not None:  # has no gradient: only legal where gradients are off, as they may be outside
             args = pytree.tree_map_only(torch.Tensor, _without_gradient, args)
         return super().call_function(target, args, kwargs)
+
+
+_DERIVATIVES = {"_grad_increment_nesting": "grad (or vjp, jacrev)", "_jvp_increment_nesting": "jvp (or jacfwd)"}
+
+
+def _refuse_derivatives(gm: fx.GraphModule) -> None:
+    """Raise CaptureError: ops on what torch.func wraps have no form above it, and some of it leaves its region."""
+    nodes = iter(gm.graph.nodes)
+    for node in nodes:
+        transform = _DERIVATIVES.get(getattr(node.target, "__name__", ""))
+        if transform is not None:
+            legal = "one whose derivatives are taken outside of it"
+            step = "write that derivative in ops, or convert a submodule that does not take it"
+            frame = next(filter(None, map(calling_frame, nodes)), None)
+            line = str(frame) if frame else None
+            raise CaptureError(wrong("the forward", f"one that calls torch.func.{transform}", legal, step), line=line)
 
 
 def _without_gradient(tensor: torch.Tensor) -> torch.Tensor:
