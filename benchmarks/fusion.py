@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import inspect
 import json
 import operator
 import os
@@ -387,6 +388,11 @@ def training_steps(row: Row, save: Save, model: nn.Module, backends: dict[str, A
         save()
 
 
+def cache_name(model: nn.Module) -> str:
+    """What a transformers model calls its cache: `cache` since 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def decoding(
     row: Row, save: Save, model: nn.Module, backends: dict[str, Any], batch: int, prompt: int, rounds: int
 ) -> None:
@@ -400,7 +406,7 @@ def decoding(
 
         def one(forward: Forward, held: Any) -> Tensor:
             torch.compiler.cudagraph_mark_step_begin()
-            logits: Tensor = forward(input_ids=ids[:, -1:], past_key_values=held, use_cache=True).logits
+            logits: Tensor = forward(input_ids=ids[:, -1:], use_cache=True, **{cache_name(model): held}).logits
             return logits
 
         def turn(forward: Forward) -> list[float]:

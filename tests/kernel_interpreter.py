@@ -2,8 +2,9 @@
 
 It gets bfloat16 wrong in silence: ``tl.dot`` multiplies the bit patterns of its operands, and a cast from
 float32 truncates.  (Sums and products of bfloat16 are wrong too; no kernel of ours has one.)  Here both are
-right, for the versions of triton that were looked at; others fail until someone has looked.  A call of one
-function by another is made cheap as well: the interpreter would patch all of ``triton.language`` each time.
+right, for the versions of triton that were looked at; others fail until someone has looked.  A mask of a vector
+and a scalar comparison is an array of integers there, which 3.9 refuses.  A call of one function by another is made
+cheap as well: the interpreter would patch all of ``triton.language`` each time.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ LOOKED_AT = ("3.6.", "3.7.", "3.8.", "3.9.")
 
 _convert_float = interpreter._convert_float
 _create_dot = InterpreterBuilder.create_dot
+_load, _store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
@@ -51,6 +53,18 @@ def _dot(self: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
     return _create_dot(self, a, b, d, *precision)
 
 
+def _flags(mask: Any) -> Any:
+    return TensorHandle(mask.data.astype(bool), tl.int1)
+
+
+def _masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+    return _load(self, ptrs, _flags(mask), *rest, **options)
+
+
+def _masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+    return _store(self, ptrs, value, _flags(mask), *rest, **options)
+
+
 _patched: set[int] = set()
 
 
@@ -70,6 +84,7 @@ def repair() -> None:
     )
     interpreter._convert_float = _converted
     InterpreterBuilder.create_dot = _dot
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = _masked_load, _masked_store
     interpreter.InterpretedFunction.__call__ = _inner_call
     np.seterr(all="ignore")  # the device computes inf - inf without a warning
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 import zoo
+from benchmarks.fusion import cache_name
 from hf_pairs import (
     GPT2,
     LLAMA,
@@ -149,8 +150,8 @@ def test_prefill_and_decode_agree_with_one_forward(name: str, make_cache: Callab
                 input_ids=ids[:, start:stop],
                 attention_mask=mask[:, :stop],
                 position_ids=positions[:, start:stop],
-                past_key_values=cache,
                 use_cache=True,
+                **{cache_name(pair.model): cache},
             )
             steps.append(step.logits)
     seen = mask.bool()

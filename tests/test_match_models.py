@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from benchmarks.fusion import cache_name
 from graphs import zoo_model
 from mhc_compile.passes.capture import normalize
 from mhc_compile.passes.history import run_passes
@@ -155,7 +156,7 @@ def test_decoding_with_a_cache_gives_the_logits_of_eager() -> None:
         cache, logits = None, []
         for tokens in (ids, ids[:, :1]):
             with torch.no_grad():
-                output = call(input_ids=tokens, past_key_values=cache, use_cache=True)
+                output = call(input_ids=tokens, use_cache=True, **{cache_name(model): cache})
             cache = output.past_key_values
             logits.append(output.logits[:, -1])
         results.append(torch.stack(logits))

@@ -137,10 +137,12 @@ def _noting_backwards() -> Iterator[list[str]]:
     torch's own (of its reentrant checkpoints) only compute the gradients of their forward in another way.
     """
     found: list[str] = []
-    apply = torch.autograd.Function.__dict__["apply"]
+    apply, thread = torch.autograd.Function.__dict__["apply"], threading.get_ident()
 
     def noting(kind: type[Any], *args: Any, **kwargs: Any) -> Any:
-        output = apply.__func__(kind, *args, **kwargs)
+        output = apply.__get__(None, kind)(*args, **kwargs)
+        if threading.get_ident() != thread:  # is not exporting
+            return output
         trained = any(isinstance(one, torch.Tensor) and one.requires_grad for one in (*args, *kwargs.values()))
         if trained and kind.__module__.split(".")[0] != "torch":
             found.append(f"{kind.__module__}.{kind.__qualname__}")
