@@ -210,6 +210,7 @@ __all__ = [
     "storage_key",
     "through_dynamo",
     "tracer",
+    "tracked_inputs",
     "vmap_enter",
     "vmap_exit",
     "vmap_unwrap",
@@ -430,17 +431,37 @@ def compiled_alone(function: Callable[..., Any], backend: Callable[..., Any]) ->
     copied, with a code object and a code name of its own. A variant holds its code object, and that holds the variants
     where no garbage collector looks: left alone, neither ever goes.
     """
-    own = _fresh_function(function)
-    compiled: Callable[..., Any] = torch.compile(own, backend=backend, fullgraph=True)
-    keep_no_backend(backend)
+    own, tracked = _fresh_function(function), list[list[Any]]()
+
+    def tracking(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        tracked.append(tracked_inputs(gm))
+        made: Callable[..., Any] = backend(gm, example_inputs)
+        return made
+
+    compiled: Callable[..., Any] = torch.compile(own, backend=tracking, fullgraph=True)
+    keep_no_backend(tracking)
     # A call that runs, in any thread, holds `compiled`: nothing is reset under it. A backward holds what it runs.
-    weakref.finalize(compiled, _forget, own.__code__).atexit = False
+    weakref.finalize(compiled, _forget, own.__code__, tracked).atexit = False
     return compiled
 
 
-def _forget(code: types.CodeType) -> None:
-    """Drop the compiled variants of a code object, and what Dynamo saw of its sizes."""
+def tracked_inputs(gm: fx.GraphModule) -> list[Any]:
+    """The list of fake inputs that a capture keeps to write guards for; empty it when all guards are written.
+
+    A fake tensor that is a view holds its fake mode in C++, where no garbage collector looks, and the mode this list:
+    of a call with one view among its inputs no fake tensor would ever be freed.
+    """
+    metas = [node.meta for node in gm.graph.find_nodes(op="placeholder")]
+    mode = fake_mode_of([meta.get("example_value", meta.get("val")) for meta in metas])
+    found: list[Any] | None = getattr(getattr(mode, "shape_env", None), "tracked_fakes", None)
+    return [] if found is None else found
+
+
+def _forget(code: types.CodeType, tracked: list[list[Any]]) -> None:
+    """Drop the compiled variants of a code object, what Dynamo saw of its sizes, and the fakes of its inputs."""
     reset_code(code)
+    for fakes in tracked:
+        fakes.clear()
     seen = get_code_state()
     for known in [one for one in list(seen) if one.name == code.co_name]:
         seen.pop(known, None)

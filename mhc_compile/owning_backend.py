@@ -160,7 +160,8 @@ class Backend:
         place, own = _first_parameter(example_inputs)
         held = [compiled]
         if own is not None:  # Dynamo keeps `run` for good, as it keeps what any backend of one's own gave
-            weakref.finalize(own(), _let_go, held, self.history, history).atexit = False
+            tracked = _torch.tracked_inputs(graph)
+            weakref.finalize(own(), _let_go, held, self.history, history, tracked).atexit = False
 
         def run(*args: Any) -> Any:
             if own is not None and args[place] is not own():
@@ -175,9 +176,10 @@ class Backend:
         return run
 
 
-def _let_go(held: list[Any], history: list[PassRecord], own: list[PassRecord]) -> None:
+def _let_go(held: list[Any], history: list[PassRecord], own: list[PassRecord], tracked: list[Any]) -> None:
     """The model is gone: drop what was compiled of it, and its records from the history of the backend."""
     held.clear()
+    tracked.clear()
     history[:] = [record for record in history if all(record is not one for one in own)]
 
 

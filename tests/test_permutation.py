@@ -12,6 +12,11 @@ from torch import Tensor, fx
 from mhc_compile.passes.op_kinds import PERMUTES, aten
 from mhc_compile.passes.permutation import permutation
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The use of `x.T` on tensors of dimension other than 2:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Tensor.T is deprecated on 0-D:UserWarning"),
+]
+
 Call = tuple[Any, tuple[Any, ...]]
 SIZES = (2, 3, 5)
 

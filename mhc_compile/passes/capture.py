@@ -165,7 +165,9 @@ def exported(
     """
     with torch.enable_grad():
         try:
-            return torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False)
+            found = torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False)
+            _torch.tracked_inputs(found.graph_module).clear()
+            return found
         except MHCError:
             raise
         except Exception as error:
