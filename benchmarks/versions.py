@@ -1,6 +1,6 @@
 """The tests under other versions of torch, Python and what goes with them.
 
-python -m benchmarks.versions [--rows torch-2.15,torch-2.11] [--sample 5] [--folder FOLDER] [--keep]
+python -m benchmarks.versions [--rows torch-2.15,torch-2.11] [--sample 6] [--folder FOLDER] [--keep]
 
 For each row a fresh virtual environment with the package, its extra `test` and the versions that the row pins; then the
 suite, or a sample of it (`pytest --sample`, the same tests in every environment), then the row's result goes
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "versions.json"
 PAGE = ROOT / "docs" / "versions.md"
 START, END = "<!-- table -->\n", "<!-- end of table -->"
-SAMPLE = 5  # one test in so many
+SAMPLE = 6  # one test in so many
 SHOWN = ("torch", "transformers", "triton", "onnxruntime")
 console = Console(highlight=False)
 

@@ -13,13 +13,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sample", type=int, default=1, metavar="K", help="run one test in K")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is not in the sample, by the test's name."""
+    """Mark cases beyond those of `cases` as a sweep, and leave out what is not in the sample; by the test's name."""
+    of_each: dict[object, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("cases"):
+            of_each.setdefault(getattr(item, "function", None), []).append(item)
+    for same in of_each.values():
+        count = next(mark.args[0] for mark in same[0].iter_markers("cases"))
+        for item in sorted(same, key=_number)[count:]:
+            item.add_marker("sweep")
     every = config.getoption("--sample")
-    chosen = [item for item in items if crc32(item.nodeid.encode()) % every == 0]
+    chosen = [item for item in items if _number(item) % every == 0]
     if len(chosen) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
         items[:] = chosen
+
+
+def _number(item: pytest.Item) -> int:
+    """The same on every machine."""
+    return crc32(item.nodeid.encode())
 
 
 def pytest_collection_finish() -> None:

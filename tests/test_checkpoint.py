@@ -136,6 +136,7 @@ def test_a_pickled_model_loads_in_another_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
+@pytest.mark.cases(1)
 def test_save_pretrained_and_load(name: str, tmp_path: Path) -> None:
     converted = Converted(name, backend="eager")
     converted.model.save_pretrained(tmp_path)
@@ -394,6 +395,7 @@ def test_restore_refuses_a_class_that_changed_since() -> None:
         (dict(skip=lambda site: site.name.endswith("2.mlp")), None),
     ],
 )
+@pytest.mark.cases(1)
 def test_partial_conversion(options: dict[str, Any], expected: set[str] | None, tmp_path: Path) -> None:
     model, inputs = fresh("llama")
     plain = model(**inputs).logits

@@ -91,6 +91,7 @@ def _named(names: list[str]) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", _named(NAMES))
+@pytest.mark.cases(3)
 def test_outputs_and_gradients_are_unchanged_at_step_0(name: str) -> None:
     """In evaluation, and in train mode under one seed: every dropout mask and drop path must agree."""
     (plain, inputs), (converted, _) = zoo_model(name), zoo_model(name)
@@ -104,6 +105,7 @@ def test_outputs_and_gradients_are_unchanged_at_step_0(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "vit", "falcon", "resnet"])
+@pytest.mark.cases(1)
 def test_outputs_and_gradients_are_unchanged_in_float64(name: str) -> None:
     (plain, inputs), (converted, _) = zoo_model(name), zoo_model(name)
     inputs = as_double(inputs)
@@ -136,6 +138,7 @@ def train(model: nn.Module, inputs: dict[str, Any], steps: int = 20) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "resnet", "vit", "t5"])
+@pytest.mark.cases(1)
 def test_training_makes_the_streams_diverge(name: str) -> None:
     """Equal streams that all sites read alike get equal gradients for ever; the default must not do that."""
     model, inputs = zoo_model(name)
@@ -176,6 +179,7 @@ EAGER = [(name, "eager") for name in ("llama", "bert", "t5", "resnet")]
 
 
 @pytest.mark.parametrize(("name", "backend"), [*EAGER, ("gpt2", "aot_eager"), ("resnet", "aot_eager")])
+@pytest.mark.cases(1)
 def test_one_stream_is_the_plain_model_bit_for_bit(name: str, backend: str) -> None:
     (plain, inputs), (converted, _) = zoo_model(name), zoo_model(name)
     convert(converted, inputs, n=1, backend=backend)
@@ -186,6 +190,7 @@ def test_one_stream_is_the_plain_model_bit_for_bit(name: str, backend: str) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "name"), [(1, "gpt2"), (4, "llama")])
+@pytest.mark.cases(1)
 def test_inductor(n: int, name: str) -> None:
     (plain, inputs), (converted, _) = zoo_model(name), zoo_model(name)
     for model in (plain, converted):  # one layer: the others have the same kernels, each a second of the C++ compiler
@@ -236,6 +241,7 @@ def test_forms_of_example_inputs(form: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "vit"])
+@pytest.mark.cases(1)
 def test_hugging_face_models_need_no_example_inputs_and_keep_their_output_class(name: str) -> None:
     model, inputs = zoo_model(name)
     plain = model(**inputs)

@@ -234,6 +234,7 @@ def kept_by_autograd(made: Rewritten) -> int:
 @pytest.mark.parametrize(
     ("name", "train"), [("llama", False), ("gpt2", True), ("t5", True), ("vit", False), ("resnet", False)]
 )
+@pytest.mark.cases(2)
 def test_what_autograd_keeps_is_predicted_to_the_byte(name: str, train: bool) -> None:
     made = zoo_graph(name, train)
     costs = CostModel(made.graph, made.arguments)

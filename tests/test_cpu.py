@@ -123,6 +123,7 @@ NAMES = ["paper", "deepseek", "bf16", "fp16", "n5", "n8", "rounded", "hunyuan"]
 
 
 @pytest.mark.parametrize(("n", "convention", "dtype"), CASES, ids=NAMES)
+@pytest.mark.cases(2)
 def test_against_plain_torch_and_the_oracle(n: int, convention: Convention, dtype: torch.dtype) -> None:
     for t in (1, 7, 16, 129):
         for c in (1, 7, 32, 129):

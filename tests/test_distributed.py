@@ -125,6 +125,7 @@ def test_blocks_checkpointed_by_hand(reentrant: bool, backend: str) -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("first", ["enable", "convert"])
+@pytest.mark.cases(1)
 def test_gradient_checkpointing_of_a_hugging_face_model(first: str, reentrant: bool) -> None:
     """With dropout on, switched on before the conversion or behind it."""
     model, inputs = zoo_model("gpt2")

@@ -66,6 +66,7 @@ def test_deepseek_v4(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["mhc: logits"] < 1e-5 and found["mhc: gradients"] < 5e-5
 
 
+@pytest.mark.sweep
 def test_memory(tmp_path: Path) -> None:
     found = run("memory", layers=2, picture=tmp_path / "memory.png")
     assert list(found["measured"]) == [1, 2, 3, 4]
@@ -101,6 +102,7 @@ def test_upcycle(tmp_path: Path) -> None:
     assert (tmp_path / "seen.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.sweep
 def test_compare_manifolds(tmp_path: Path) -> None:
     found = run("compare_manifolds", steps=6, layers=1, width=16, picture=tmp_path / "seen.png")
     assert set(found) == {"plain", *CONSTRAINTS, "single pass"}

@@ -329,6 +329,7 @@ def outputs(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.cases(1)
 def test_a_converted_model(name: str, tmp_path: Path) -> None:
     """At three shapes, one of them a batch of one; a group of four calls a site; files that others can read."""
     model, inputs = fresh(name)

@@ -71,6 +71,7 @@ def _fresh_dynamo() -> Any:
 
 
 @pytest.mark.parametrize("name", zoo.EXPECT)
+@pytest.mark.cases(4)
 def test_zoo_has_the_counted_sites_and_trunks(name: str) -> None:
     model, inputs = zoo_model(name)
     analysis = found(model, inputs)
@@ -112,6 +113,7 @@ def _entries() -> list[Any]:
 
 
 @pytest.mark.parametrize("entry", _entries())
+@pytest.mark.cases(16)
 def test_models_have_the_counted_sites_and_trunks(entry: models.Entry) -> None:
     analysis = found(entry.build(), entry.inputs())
     assert counts(analysis) == (entry.sites, entry.trunks), f"{entry.why}\nfound: {names(analysis)}"
@@ -123,6 +125,7 @@ def test_models_have_the_counted_sites_and_trunks(entry: models.Entry) -> None:
 
 
 @pytest.mark.parametrize("name", REFERENCE)
+@pytest.mark.cases(1)
 def test_a_model_that_is_mhc_already_is_refused(name: str) -> None:
     model, inputs = zoo_model(name)
     before = type(model), list(model.state_dict())

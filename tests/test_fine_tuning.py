@@ -268,6 +268,7 @@ ADAPTED = [(GPT2, {}), (T5, {}), (VIT, {}), (BERT, dict(exclude_modules=r"mhc\..
 
 
 @pytest.mark.parametrize(("name", "options"), ADAPTED)
+@pytest.mark.cases(1)
 def test_adapters_that_are_zero_change_nothing(name: str, options: dict[str, Any]) -> None:
     pair = Pair(name)
     model = wrapped(pair.model, lora(**options))
@@ -320,6 +321,7 @@ def test_copies_of_sites_are_refused(copied: str, target: str) -> None:
         model(**pair.inputs)
 
 
+@pytest.mark.sweep
 def test_a_peft_model_is_converted_inside() -> None:
     pair = Pair(LLAMA)
     model = wrapped(copy.deepcopy(pair.plain), lora())

@@ -75,6 +75,7 @@ def test_the_forms_are_far_from_the_plain_model_and_from_each_other() -> None:
 
 
 @pytest.mark.parametrize(("form", "door"), sample())
+@pytest.mark.cases(24)
 def test_a_form_through_a_door(form: str, door: str) -> None:
     found = outcome(FORMS[form], door)
     assert found.status != "wrong", found

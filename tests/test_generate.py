@@ -65,6 +65,7 @@ def varied(tokens: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.cases(1)
 def test_greedy_text_of_64_tokens_takes_few_graphs(name: str) -> None:
     """Prefill, the first token behind it (one position: sizes of 1 are constants to Dynamo), and all others."""
     pair, ids = Pair(name), prompt()
@@ -75,6 +76,7 @@ def test_greedy_text_of_64_tokens_takes_few_graphs(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "cache"), [(LLAMA, "none"), (GPT2, "static")])
+@pytest.mark.cases(1)
 def test_greedy_text_with_another_cache(name: str, cache: str) -> None:
     pair, ids = Pair(name), prompt()
     actual = generated(pair.model, ids, 16, **CACHES[cache])
@@ -97,6 +99,7 @@ def test_sampling() -> None:
     assert not torch.equal(texts[0], texts[2])
 
 
+@pytest.mark.sweep
 def test_beam_search() -> None:
     """The cache is reordered between the steps."""
     pair, ids = Pair(LLAMA), prompt()
@@ -134,6 +137,7 @@ def static_cache(model: nn.Module) -> StaticCache:
 
 
 @pytest.mark.parametrize(("name", "make_cache"), [(LLAMA, dynamic_cache), (GPT2, static_cache)])
+@pytest.mark.cases(1)
 def test_prefill_and_decode_agree_with_one_forward(name: str, make_cache: Callable[[nn.Module], Any]) -> None:
     """Logits, for a batch that is padded in front: 5 tokens at once, then 4 one by one, against all 9 at once."""
     pair = Pair(name)
@@ -208,6 +212,7 @@ def llava() -> nn.Module:
     return lively(zoo.hf("LlavaForConditionalGeneration", "LlavaConfig", **config)())
 
 
+@pytest.mark.sweep
 def test_a_model_of_images_and_language_generates() -> None:
     """transformers calls the vision tower once and by itself."""
     ids, pixels = prompt(length=9).clamp(min=6), zoo.image(size=16)

@@ -184,6 +184,7 @@ READS = {
 
 @pytest.mark.parametrize("target", [A100, H200, B200, MI300], ids=lambda t: t.name)
 @pytest.mark.parametrize("direction", [forward, backward])
+@pytest.mark.cases(2)
 def test_a_site_of_four_streams(
     direction: Callable[..., list[Launch]], target: Target, on: Callable[[Target], None]
 ) -> None:
@@ -217,6 +218,7 @@ def test_two_launches_a_site_when_decoding() -> None:
 
 
 @pytest.mark.parametrize("target", [A100, H200, B200, MI300], ids=lambda t: t.name)
+@pytest.mark.cases(1)
 def test_a_merge_and_an_early_read_are_one_launch(target: Target, on: Callable[[Target], None]) -> None:
     on(target)
     launches = early(4, torch.bfloat16, PAPER)
@@ -224,6 +226,7 @@ def test_a_merge_and_an_early_read_are_one_launch(target: Target, on: Callable[[
     check_instructions(compiled(launches, target), target, READS)
 
 
+@pytest.mark.sweep
 def test_early_reads_in_other_forms(on: Callable[[Target], None]) -> None:
     on(H200)
     for n, dtype, convention, t in [
@@ -269,6 +272,7 @@ def test_backward_across_sites_in_other_dtypes(
     check_instructions(compiled(launches, target), target, READS)
 
 
+@pytest.mark.sweep
 def test_backward_across_sites_in_other_forms(on: Callable[[Target], None]) -> None:
     """Streams with other readers, few tokens, fewer streams, a head; and little on-chip memory."""
     for target, n, dtype, convention, tapped in [
@@ -397,6 +401,7 @@ def test_fewer_streams(n: int, on: Callable[[Target], None]) -> None:
 
 
 @pytest.mark.parametrize("n", [8, 16])
+@pytest.mark.cases(1)
 def test_more_streams_compile(n: int, on: Callable[[Target], None]) -> None:
     on(H200)
     launches = forward(n, torch.bfloat16, PAPER) + backward(n, torch.bfloat16, PAPER)

@@ -146,6 +146,7 @@ def op_counts(graph: fx.GraphModule) -> Counter[str]:
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "resnet", pytest.param("t5", marks=pytest.mark.slow), "albert"])
+@pytest.mark.cases(2)
 def test_models_compute_the_same(name: str) -> None:
     for double in (True, False):
         one = zoo_pair(name, double)

@@ -292,6 +292,7 @@ def widened(name: str, options: dict[str, Any], change: Callable[[nn.Module], No
 
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("model", ["llama", "gpt2", pytest.param("t5", marks=pytest.mark.slow)])
+@pytest.mark.cases(12)
 def test_keeps_the_function(model: str, name: str) -> None:
     """At step 0, outputs and the gradient of every original parameter; with other weights it is another function."""
     plain, graph, arguments, added = widened(model, FORMS[name])
@@ -337,6 +338,7 @@ def tower(**options: Any) -> tuple[nn.Module, Tensor]:
 
 
 @pytest.mark.parametrize("name", FORMS)
+@pytest.mark.cases(2)
 def test_streams_diverge(name: str) -> None:
     """Streams are equal at step 0 and must not stay so."""
     model, x = tower(**FORMS[name])
@@ -386,6 +388,7 @@ FEW = ["lite", "spectral", "static", "unconstrained", "single pass"]
 
 
 @pytest.mark.parametrize("name", [*FEW, "identity", "orthogonal", "pre fixed"])
+@pytest.mark.cases(2)
 def test_level_2_and_replay_compute_the_same(name: str) -> None:
     """Level-1 ops, what `lower` and `fuse` make of them, and recomputation, gradients of all parameters included."""
     model, x = tower(**FORMS[name])
@@ -414,6 +417,7 @@ def test_inductor() -> None:
 
 
 @pytest.mark.parametrize("name", FEW)
+@pytest.mark.cases(1)
 def test_export_and_verify(name: str) -> None:
     model, x = tower(**FORMS[name])
     randomize(model)
@@ -423,6 +427,7 @@ def test_export_and_verify(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMS)
+@pytest.mark.cases(4)
 def test_record_keeps_the_form(name: str) -> None:
     """A state_dict loads into a plain model as its record says, and not into another conversion."""
     model, x = tower(**FORMS[name])

@@ -80,6 +80,7 @@ def needs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.cases(8)
 def test_every_spelling_is_found_whole(name: str) -> None:
     needs(name)
     before = captured(BLOCKS[name].build)
@@ -322,6 +323,7 @@ def test_a_decomposed_program_is_matched_as_the_module_is(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DECOMPOSED)
+@pytest.mark.cases(2)
 def test_a_decomposed_program_is_not_converted_again(name: str) -> None:
     program, x = decomposed(name)
     assert analyze(capture(program, (x,)).graph).foreign is not None

@@ -132,6 +132,7 @@ MODES = [
 
 
 @pytest.mark.parametrize(("name", "train"), MODES)
+@pytest.mark.cases(2)
 def test_every_site_and_exit_is_found_and_computes_the_same(name: str, train: bool) -> None:
     model, inputs = model_of(name, train=train)
     eager = run(model, model, inputs)
@@ -172,6 +173,7 @@ def divides_matrices(node: fx.Node) -> bool:
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.cases(1)
 def test_bfloat16_is_as_near_the_exact_result_as_eager_is(name: str) -> None:
     model, inputs = model_of(name, train=True)
     exact = run(model, model, inputs)

@@ -56,6 +56,7 @@ def wrong_mutants(name: str, count: int, seed: int = 0) -> tuple[list[str], Coun
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.cases(3)
 def test_no_mutant_becomes_another_function(name: str) -> None:
     wrong, tally = wrong_mutants(name, EACH)
     assert wrong == []

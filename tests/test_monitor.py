@@ -205,6 +205,7 @@ def test_each_application_of_a_tied_layer_is_a_site() -> None:
 
 
 @pytest.mark.parametrize(("backend", "replay"), [("eager", None), ("eager", 2), ("aot_eager", 2)])
+@pytest.mark.cases(1)
 def test_training_is_bitwise_the_same(backend: str, replay: int | None) -> None:
     """Dropout draws the same masks; batch norm, a buffer and a Python counter move once a step."""
     watched, plain = (recompute(stack(backend), replay) for _ in range(2))
@@ -231,6 +232,7 @@ def assert_same_state(a: nn.Module, b: nn.Module) -> None:
         assert torch.equal(left, right), name
 
 
+@pytest.mark.sweep
 def test_hugging_face_model_with_outputs_and_autocast() -> None:
     model, inputs = fresh("llama")
     mhc_compile(model, 4, backend="eager", example_inputs=inputs)

@@ -37,6 +37,7 @@ def compiled(name: str, **options: Any) -> tuple[nn.Module, Any, Backend, dict[s
 
 @pytest.mark.parametrize("name", [SMALL, "gpt2", "vit"])
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.cases(2)
 def test_the_function_is_kept_at_step_0(name: str, inner: str) -> None:
     plain, inputs = fresh(name)
     model, fast, _, _ = compiled(name, backend=inner)

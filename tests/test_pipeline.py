@@ -144,6 +144,7 @@ SLOWER = ("bert", "albert", "gemma2", "mamba")  # of the zoo, those whose trunks
 
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.sweep) for name in SLOWER)])
+@pytest.mark.cases(1)
 def test_the_stages_are_the_whole_model(name: str) -> None:
     """Its outputs, its gradients, and its state, with its names."""
     known = known_model(name) if name in QUICK else Known(name)
@@ -585,6 +586,7 @@ def test_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_four_processes_of_two_stages_and_two_replicas(tmp_path: Path) -> None:
     """A pipeline in DDP: losses are those of each replica's data, gradients the mean over both."""
     logs = spawn([grid_worker.__file__], tmp_path, grid_worker.WORLD)

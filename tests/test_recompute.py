@@ -146,6 +146,7 @@ def predicted(costs: CostModel, blocks: Blocks) -> int:
 @pytest.mark.parametrize(
     "length", [1, pytest.param(2, marks=pytest.mark.sweep), 3, pytest.param(4, marks=pytest.mark.sweep), 8, SITES]
 )
+@pytest.mark.cases(1)
 def test_a_chain_keeps_what_is_predicted_and_its_gradients_are_the_same_bits(length: int) -> None:
     made = graph_of("chain")
     blocks = equal_blocks(made.graph, length)
@@ -193,6 +194,7 @@ def test_what_is_stored_without_replay_is_predicted() -> None:
     assert stored_step("chain").kept == pytest.approx(kept, rel=TOLERANCE)
 
 
+@pytest.mark.sweep
 def test_two_trunks_keep_what_is_predicted() -> None:
     """T5: the decoder attends to the encoder's readout, which is kept, and replayed from nothing."""
     made = graph_of("t5")
@@ -250,6 +252,7 @@ def trained(model: nn.Module, inputs: dict[str, Any], around: AbstractContextMan
 @pytest.mark.parametrize(
     ("autocast", "batches"), [(False, (2, 3)), (True, (2,)), pytest.param(True, (2, 3), marks=pytest.mark.sweep)]
 )
+@pytest.mark.cases(1)
 def test_a_converted_model_replays_for_every_batch_size(autocast: bool, batches: tuple[int, ...]) -> None:
     """With dropout, under autocast, and in the second round with symbolic sizes."""
     results = []
@@ -279,6 +282,7 @@ class Dropped(nn.Module):
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_inductor_replays_and_takes_no_plan_from_its_cache() -> None:
     kept, gradients = [], []
     x = torch.randn(2, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0))

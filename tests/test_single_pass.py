@@ -257,6 +257,7 @@ FUSED = {"llama": (5, 1), "vit": (5, 1), "t5": (8, 2)}
 
 
 @pytest.mark.parametrize("name", FUSED)
+@pytest.mark.cases(1)
 def test_models_compute_the_same(name: str) -> None:
     """A conversion as compiled, in training, against its level-1 ops one by one."""
     model, inputs = fresh(name)

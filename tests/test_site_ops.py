@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -401,7 +402,7 @@ def test_inductor_never_makes_the_carrier_a_tensor_of_its_size() -> None:
     carriers = [line.split("(")[1].split(",")[2].strip() for line in calls]
     assert len(carriers) == 2
     for name in carriers:  # handed on as `read` gave it
-        assert f"assert_size_stride({name}, (12, 4, 8), (0, 0, 0), 'torch.ops.mhc.read.default')" in forward
+        assert re.search(rf"assert_\w+\({name}, \(12, 4, 8\), \(0, 0, 0\), .*'torch.ops.mhc.read.default'\)", forward)
     assert "mhc.merge_carried_backward.default(" in backward
 
 

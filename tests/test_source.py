@@ -384,6 +384,7 @@ def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
             shown += [line for line in code.splitlines() if line and not line.endswith("...")]
         else:
             exec(compile(code, "inspecting.md", "exec"), names)
-    lines = {line.strip() for line in (tmp_path / "rewritten.py").read_text().splitlines()}
-    assert len(shown) > 10 and not [line for line in shown if line.strip() not in lines]
+    # Releases of transformers move their lines.
+    lines = {re.sub(r":\d+:", "", line.strip()) for line in (tmp_path / "rewritten.py").read_text().splitlines()}
+    assert len(shown) > 10 and not [line for line in shown if re.sub(r":\d+:", "", line.strip()) not in lines]
     assert {"model.svg", "plan.svg", "rewritten.py", "weights.pt"} <= {path.name for path in tmp_path.iterdir()}
