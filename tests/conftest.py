@@ -9,7 +9,7 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--sample 5` runs one test in five, the same ones on every machine: what other versions are tried with."""
+    """`--sample 6` runs one test in six, the same ones on every machine: what other versions are tried with."""
     parser.addoption("--sample", type=int, default=1, metavar="K", help="run one test in K")
 
 

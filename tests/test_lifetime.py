@@ -3,9 +3,12 @@
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +27,7 @@ from mhc_compile import (
     recompute,
     restore,
     set_iterations,
+    stage_modules,
     trace,
     verify,
 )
@@ -114,6 +118,39 @@ def test_iterations_that_come_back_leave_nothing() -> None:
     model = converted("aot_eager")
     found = after_each(5, lambda number: step(set_iterations(model, 1 + number % 2)))
     assert found[2] == found[3] == found[4]
+
+
+def test_recomputation_that_is_switched_leaves_nothing() -> None:
+    model = converted("eager")
+    found = after_each(6, lambda number: step(recompute(model, (None, 1)[number % 2])))
+    assert found[2] == found[4] and found[3] == found[5]
+
+
+def test_stages_that_are_dropped_leave_nothing() -> None:
+    model = step(converted("eager"))
+
+    def run(_: int) -> None:
+        plan = partition(model, X, stages=2, microbatches=2)
+        first, second = stage_modules(plan, model, X, backend="aot_eager")
+        second(*first(X)).sum().backward()
+
+    found = after_each(4, run)
+    assert found[1] == found[2] == found[3]
+
+
+def test_an_interpreter_that_ends_says_nothing() -> None:
+    """With models alive, converted and not yet, and a Backend's."""
+    code = """
+import torch
+from test_lifetime import X, converted, net, step
+from mhc_compile import Backend, mhc_compile
+kept = [step(converted("aot_eager")), mhc_compile(net(), n=4)]
+kept.append(step(torch.compile(net(), backend=Backend(n=4, backend="eager"))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    # nanobind speaks of what triton 3.9 leaves
+    said = [line for line in done.stderr.splitlines() if "nanobind" not in line and not line.startswith(" - ")]
+    assert done.returncode == 0 and said == []
 
 
 def test_records_go_with_what_was_compiled() -> None:
