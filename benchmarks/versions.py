@@ -50,7 +50,8 @@ class Row:
 
 
 ROWS = (
-    Row("torch-2.11", "3.11", {"torch": "2.11.0", "transformers": "5.0.0"}),
+    # numpy 2.4 takes no array of one element for a number, as triton 3.6's interpreter makes them.
+    Row("torch-2.11", "3.11", {"torch": "2.11.0", "transformers": "5.0.0", "numpy": "2.3.*"}),
     Row("torch-2.12", "3.11", {"torch": "2.12.1", "transformers": "5.12.*"}),
     Row("torch-2.13", "3.11", constrained=True, whole=True),
     Row("torch-2.14", "3.11", {"torch": "2.14.1"}),

@@ -198,6 +198,7 @@ __all__ = [
     "is_whole",
     "is_wrapper",
     "keep_no_backend",
+    "leaves_with_path",
     "make_fx",
     "memory_budget",
     "module_of_op",
@@ -421,6 +422,22 @@ def saving_unseen() -> Iterator[None]:
             yield
     finally:
         saved.clear()
+
+
+def leaves_with_path(value: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    """Each leaf of nested containers with its path, as `torch.utils._pytree.keystr` spells it.
+
+    Outputs of transformers are read as the dicts that they are: up to 5.12 they are registered without keys.
+    """
+
+    def is_output(part: Any) -> bool:
+        return isinstance(part, dict) and type(part) is not dict and type(part) in pytree.SUPPORTED_NODES
+
+    found: list[tuple[tuple[Any, ...], Any]] = []
+    for path, leaf in pytree.tree_leaves_with_path(value, is_leaf=is_output):
+        inner = leaves_with_path(dict(leaf)) if is_output(leaf) else [((), leaf)]
+        found += [((*path, *rest), one) for rest, one in inner]
+    return found
 
 
 def compiled_alone(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:

@@ -49,6 +49,8 @@ class SiteTree(nn.Module):
 class RecordedTree(SiteTree):
     """The root of a tree of sites: puts the record of the conversion into the `state_dict`."""
 
+    _extra_state = None  # `from_pretrained` of transformers 5.0 asks for it as for a parameter
+
     def __init__(self, record: Record) -> None:
         super().__init__()
         self.record = record

@@ -16,6 +16,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
+from mhc_compile import _torch
 from mhc_compile.codegen.program import as_program
 from mhc_compile.conversion import PENDING, conversion, is_converted
 from mhc_compile.errors import ConfigError, ExportError, wrong
@@ -214,7 +215,7 @@ def _output_names(program: ExportedProgram) -> list[str]:
     """A name for each tensor that the model returns, from where it stands in the output: `logits`."""
     spec = program.call_spec.out_spec
     assert spec is not None
-    places, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))
+    places = _torch.leaves_with_path(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))
     names = [re.sub(r"\W+", "_", pytree.keystr(path)).strip("_") or "output" for path, _ in places]
     names = [f"output_{name}" if name.isdigit() else name for name in names]
     arguments = [one.arg for one in program.graph_signature.output_specs if one.kind is OutputKind.USER_OUTPUT]

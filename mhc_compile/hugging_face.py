@@ -101,6 +101,8 @@ def load_directory(path: Path, attach: Callable[[nn.Module, Record], None], **op
     delattr(config, CONFIG_KEY)
     loader = _loading_class(_architecture(config, path), record, attach)
     model, report = loader.from_pretrained(path, config=config, output_loading_info=True, **options)
+    for name in _IGNORED:
+        model.__dict__.pop(name, None)
     failed = map(str, [*report["missing_keys"], *report["mismatched_keys"]])
     lost = sorted(key for key in failed if "mhc." in key)
     if lost:
@@ -142,11 +144,14 @@ def _loading_class(original: type[Any], record: Record, attach: Callable[[nn.Mod
         self.__class__ = original
         attach(self, record)
         self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), CONFIG_KEY}
+        for name in _IGNORED:  # 5.0 looks at the model's lists, later ones make sets of those of this class
+            held = getattr(self, name) or []
+            self.__dict__[name] = type(held)([*held, record_key])
 
-    ignored = [*(original._keys_to_ignore_on_load_unexpected or ()), r"(^|\.)mhc\._extra_state$"]
-    body = {
-        "__init__": build,
-        "__module__": original.__module__,
-        "_keys_to_ignore_on_load_unexpected": ignored,
-    }
-    return type(original.__name__, (original,), body)
+    # The record, which is checked before: transformers leaves it out, or takes it for a parameter that it cannot find.
+    record_key = r"(^|\.)mhc\._extra_state$"
+    ignored = {name: [*(getattr(original, name) or ()), record_key] for name in _IGNORED}
+    return type(original.__name__, (original,), {"__init__": build, "__module__": original.__module__, **ignored})
+
+
+_IGNORED = ("_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_load_missing")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -206,9 +207,8 @@ def test_the_report_names_the_modules_of_sites_and_exit() -> None:
 
 def test_an_exit_by_the_mean_is_found_behind_its_sites() -> None:
     """GLM's own exit, in one graph with the sites before it."""
-    from transformers.models.glm5_next import modeling_glm5_next as glm
-
     model, _ = model_of("glm5_next", train=False)
+    glm: Any = importlib.import_module("transformers.models.glm5_next.modeling_glm5_next")
     layer, head = model.layers[0], glm.Glm5NextTextHyperHead()
 
     class Tail(nn.Module):

@@ -18,6 +18,7 @@ sys.path.append(str(ROOT))  # for the folder `benchmarks`
 
 from benchmarks import fusion, onnx_export, priority_merge, simulated_scale, train_step, turns  # noqa: E402
 from benchmarks.mixture import Mixture  # noqa: E402
+from graphs import SINCE  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -178,7 +179,7 @@ def broken_backend(graph: Any, inputs: Any) -> Any:
 
 @pytest.mark.slow
 def test_decoding_with_a_cache() -> None:
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", minversion=SINCE["deepseek_v4"])
     model = fusion.deepseek(1, 64, "cpu", torch.float32).eval()
     row: dict[str, Any] = {}
     saves: list[int] = []

@@ -11,6 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from mhc_compile import _torch
 from mhc_compile.codegen.stage_graphs import StageGraph
 from mhc_compile.errors import PartitionError, ShapeError, wrong
 from mhc_compile.passes.capture import graph_input
@@ -60,7 +61,7 @@ def leaves(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any])
     return {
         f"{name}{pytree.keystr(path)}": leaf
         for name, value in {**named, **kwargs}.items()
-        for path, leaf in pytree.tree_flatten_with_path(value)[0]
+        for path, leaf in _torch.leaves_with_path(value)
     }
 
 

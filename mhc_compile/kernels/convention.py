@@ -65,8 +65,8 @@ class Convention:
         return 1 + self.post + (self.res != "none")
 
     def columns(self, n: int) -> int:
-        """How many columns phi has."""
-        return n * (1 + self.post) + n * n * (self.res != "none")
+        """How many columns phi has; n may be a symbol, which multiplies no bool."""
+        return n * (2 if self.post else 1) + (n * n if self.res != "none" else 0)
 
     @property
     def mix(self) -> str:

@@ -13,6 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from mhc_compile import _torch
 from mhc_compile.errors import wrong
 
 
@@ -125,6 +126,6 @@ def tensors(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         given = {**{str(place): value for place, value in enumerate(args)}, **kwargs}
     for name, value in given.items():
         if value is not model:
-            for path, leaf in pytree.tree_leaves_with_path(value):
+            for path, leaf in _torch.leaves_with_path(value):
                 if isinstance(leaf, Tensor):
                     yield name + pytree.keystr(path), leaf
