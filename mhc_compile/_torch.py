@@ -36,7 +36,7 @@ try:
         _set_grad_enabled,
     )
     from torch._C._autograd import _top_saved_tensors_default_hooks
-    from torch._C._dynamo.eval_frame import reset_code, set_eval_frame
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code, set_eval_frame
     from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
     from torch._dynamo import OptimizedModule, convert_frame, eval_frame
     from torch._dynamo import config as dynamo_config
@@ -51,6 +51,7 @@ try:
         Unsupported,
     )
     from torch._dynamo.exc import UserError as DynamoUserError
+    from torch._dynamo.guards import CheckFunctionManager
     from torch._dynamo.pgo import get_code_state
     from torch._functorch import config as functorch_config
     from torch._functorch.predispatch import _remove_batch_dim as vmap_unwrap
@@ -476,12 +477,26 @@ def tracked_inputs(gm: fx.GraphModule) -> list[Any]:
 
 def _forget(code: types.CodeType, tracked: list[list[Any]]) -> None:
     """Drop the compiled variants of a code object, what Dynamo saw of its sizes, and the fakes of its inputs."""
+    guards = {id(entry.guard_manager) for entry in _debug_get_cache_entry_list(code)}
     reset_code(code)
     for fakes in tracked:
         fakes.clear()
+    _forget_finalizers(guards)
     seen = get_code_state()
     for known in [one for one in list(seen) if one.name == code.co_name]:
         seen.pop(known, None)
+
+
+def _forget_finalizers(guards: set[int]) -> None:
+    """Take off the finalizers by which guards would hear that a class or function they compare with is gone.
+
+    Each holds all of the guards that it belongs to, as long as its class or function lives: that is, for good.
+    """
+    for one in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        known = one.peek()
+        owner = getattr(getattr(known[1], "func", None), "__self__", None) if known else None
+        if isinstance(owner, CheckFunctionManager) and id(getattr(owner, "guard_manager", None)) in guards:
+            one.detach()
 
 
 def keep_no_backend(backend: Callable[..., Any]) -> None:

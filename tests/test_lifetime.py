@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.guards import CheckFunctionManager
 from torch._subclasses.fake_tensor import FakeTensor
 
 import mhc_compile
@@ -100,6 +101,20 @@ def test_inputs_that_are_views_leave_nothing(backend: str) -> None:
         restore(model)
 
     found = after_each(4, run)
+    assert found[1] == found[2] == found[3]
+
+
+def test_guards_go_with_what_they_guard() -> None:
+    """torch keeps those of each compilation as long as the classes and functions that they compare with live."""
+
+    def guards() -> int:
+        gc.collect()
+        return sum(type(one) is CheckFunctionManager for one in gc.get_objects())
+
+    found = []
+    for _ in range(4):
+        step(converted("eager"))
+        found.append(guards())
     assert found[1] == found[2] == found[3]
 
 
