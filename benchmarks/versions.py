@@ -22,7 +22,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,8 +149,8 @@ def record(name: str, found: dict[str, Any]) -> None:
     console.print(f"{name}: {found['passed']} passed, {len(found['failed'])} failed: {', '.join(found['failed'][:5])}")
 
 
-def table(results: Iterable[Mapping[str, Any]]) -> str:
-    """The results as the page has them."""
+def table(results: Collection[Mapping[str, Any]]) -> str:
+    """The results as the page has them: a row each, the names of tests that failed, and why others were skipped."""
     head = (*SHOWN, "Python", "tests", "passed", "failed", "skipped")
     rows = [head, ("---",) * len(head)]
     for one in results:
@@ -158,7 +158,12 @@ def table(results: Iterable[Mapping[str, Any]]) -> str:
         shown = (*(versions[name] for name in SHOWN), versions["python"])
         counted = (one["tests"], f"{one['passed']:,}", str(len(one["failed"])), f"{sum(one['skipped'].values()):,}")
         rows.append((*shown, *counted))
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    failed = [f"- torch {one['versions']['torch']}: `{name}`" for one in results for name in one["failed"]]
+    skipped = {reason for one in results for reason in one["skipped"]}
+    lines += ["", "Failed:", "", *failed] if failed else []
+    lines += ["", f"Skipped: {'; '.join(sorted(skipped))}."] if skipped else []
+    return "".join(f"{line}\n" for line in lines)
 
 
 if __name__ == "__main__":
