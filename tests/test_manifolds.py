@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphs import (
     as_double,
@@ -531,3 +532,11 @@ def test_stages_of_a_pipeline(name: str) -> None:
         value = stage(*value)
         value = value if isinstance(value, tuple) else (value,)
     assert torch.allclose(value[0], model(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_no_logits_of_no_tokens(tokens: int) -> None:
+    logits = torch.empty(tokens, 0)
+    with FakeTensorMode() as mode:
+        fake = manifold_ops.constrain(mode.from_tensor(logits), "identity", 3)
+    assert manifold_ops.constrain(logits, "identity", 3).shape == fake.shape == (tokens, 3, 3)

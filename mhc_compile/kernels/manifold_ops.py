@@ -198,9 +198,9 @@ def _check_constrain(logits: Tensor, kind: str, n: int) -> tuple[int, ...]:
 
 @_op("constrain", "(Tensor logits, str kind, int n) -> Tensor")
 def _constrain(logits: Tensor, kind: str, n: int) -> Tensor:
-    _check_constrain(logits, kind, n)
-    with _no_autocast(logits):
-        return CONSTRAINTS[kind].res(logits, n).clone(memory_format=torch.contiguous_format)
+    shape = _check_constrain(logits, kind, n)
+    with _no_autocast(logits):  # no tokens and no logits are [0, 0], as a matrix of none is
+        return CONSTRAINTS[kind].res(logits, n).expand(shape).clone(memory_format=torch.contiguous_format)
 
 
 @_fake(_constrain)
