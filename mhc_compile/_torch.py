@@ -97,6 +97,7 @@ MEMBERS: tuple[tuple[object, tuple[str, ...]], ...] = (
     (CustomOpDef, ("_init_fn",)),
     (DistributedDataParallel, ("_get_active_ddp_module",)),
     (torch.nn.Module, ("_apply",)),
+    (weakref.finalize, ("_registry",)),
     (eval_frame, ("_stance",)),
     (eval_frame.DisableContext, ("_torchdynamo_disable", "_torchdynamo_disable_msg")),
     (forward_ad, ("_current_level",)),
